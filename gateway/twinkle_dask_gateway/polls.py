@@ -1,0 +1,52 @@
+"""Long polls: wait for an outcome, but not for a client that left or a server that stops."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import Request
+
+from twinkle_dask.operations.values import Outcome
+
+
+class Polls:
+    """The polls in progress.
+
+    A held poll would keep a stopping server waiting for up to half a minute, so ``end`` lets all
+    of them go at once; the client polls again and finds the next server.
+    """
+
+    def __init__(self) -> None:
+        self._waits: set[asyncio.Task[Outcome]] = set()
+        self._ended = False
+
+    async def wait(self, request: Request, outcome: Coroutine[Any, Any, Outcome]) -> Outcome | None:
+        """Await ``outcome`` on behalf of a request whose body has been read.
+
+        Returns:
+            The outcome, or None if the client left or the server is stopping.
+        """
+        wait = asyncio.create_task(outcome)
+        gone = asyncio.create_task(_disconnected(request))
+        self._waits.add(wait)
+        if self._ended:
+            wait.cancel()
+        try:
+            await asyncio.wait({wait, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._waits.discard(wait)
+            gone.cancel()
+            if wait.cancel():  # False where it is done already
+                await asyncio.wait({wait})
+        return None if wait.cancelled() else wait.result()
+
+    def end(self) -> None:
+        """Let every poll go, now and from now on."""
+        self._ended = True
+        for wait in self._waits:
+            wait.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

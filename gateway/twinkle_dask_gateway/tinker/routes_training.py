@@ -1,0 +1,116 @@
+"""Runs and their steps. Everything here but ``get_info`` answers with a promise."""
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+
+from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.operations.service import Service
+from twinkle_dask.operations.values import Tenant
+from twinkle_dask.types import ForwardBackward, RunId, SessionId
+from twinkle_dask_gateway.auth import TenantDep
+from twinkle_dask_gateway.config import GatewayConfig
+from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
+from twinkle_dask_gateway.tinker import codec, codec_json, codec_proto, replies, wire
+from twinkle_dask_gateway.tinker.answers import promise
+from twinkle_dask_gateway.tinker.errors import TinkerRoute
+from twinkle_dask_gateway.tinker.reading import (
+    aside,
+    check,
+    is_protobuf,
+    read,
+    read_bytes,
+    read_object,
+)
+from twinkle_dask_gateway.tinker.submitting import submitting
+from twinkle_dask_gateway.tinker.tensors import Growth
+
+routes = APIRouter(route_class=TinkerRoute)
+
+
+@routes.post("/forward_backward")
+async def forward_backward(
+    request: Request, service: ServiceDep, tenant: TenantDep, config: ConfigDep
+) -> Response:
+    """A batch, with its gradient or forward only. Old clients send JSON."""
+    if not is_protobuf(request):
+        return await _json_batch(request, service, tenant, config, wire.ForwardBackward)
+    growth = Growth(config.max_decoded_bytes)
+    async with submitting(service, tenant) as place:
+        content = await read_bytes(request)
+        size = len(content)
+        message = await aside(size, config, lambda: codec_proto.parse_forward_backward(content))
+        place.at(message.model_id, message.seq_id)
+        if message.seq_id < 0:
+            raise InvalidRequest(f"seq_id must not be negative, but is {message.seq_id}.")
+        batch = await aside(size, config, lambda: codec_proto.batch_of(message, growth))
+        ticket = await service.training.forward_backward(
+            tenant, RunId(message.model_id), seq=message.seq_id, batch=batch
+        )
+    return promise(ticket)
+
+
+@routes.post("/optim_step")
+async def optim_step(request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
+    """Spend the gradient."""
+    async with submitting(service, tenant) as place:
+        content = await read_object(request)
+        place.of(content)
+        body = check(wire.OptimStep, content)
+        ticket = await service.training.optim_step(
+            tenant, RunId(body.model_id), seq=body.seq_id, adam=codec_json.adam_of(body.adam_params)
+        )
+    return promise(ticket)
+
+
+@routes.post("/forward")
+async def forward(
+    request: Request, service: ServiceDep, tenant: TenantDep, config: ConfigDep
+) -> Response:
+    """A forward pass from SDKs before 0.25."""
+    return await _json_batch(request, service, tenant, config, wire.Forward)
+
+
+@routes.post("/create_model")
+async def create_model(request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
+    """Start a run; its id is ``<session>:train:<model_seq_id>``, which clients compute too."""
+    body = await read(request, wire.CreateModel)
+    ticket = await service.runs.create(
+        tenant,
+        SessionId(body.session_id),
+        seq=body.model_seq_id,
+        base_model=body.base_model,
+        lora=codec.lora_of(body.lora_config),
+        user_metadata=body.user_metadata or {},
+    )
+    return promise(ticket)
+
+
+@routes.post("/get_info")
+async def get_info(request: Request, service: ServiceDep, tenant: TenantDep) -> replies.ModelInfo:
+    """What a run is; answered as soon as the promise of ``create_model`` is fulfilled."""
+    body = await read(request, wire.ModelQuery)
+    return codec.model_info(await service.runs.info(tenant, RunId(body.model_id)))
+
+
+async def _json_batch(
+    request: Request,
+    service: Service,
+    tenant: Tenant,
+    config: GatewayConfig,
+    model: type[wire.ForwardBackward] | type[wire.Forward],
+) -> Response:
+    async with submitting(service, tenant) as place:
+        content = await read_object(request)
+        place.of(content)
+
+        def decode() -> tuple[wire.ForwardBackward | wire.Forward, ForwardBackward]:
+            body = check(model, content)
+            growth = Growth(config.max_decoded_bytes)
+            return body, codec_json.batch_of(body.batch, backward=body.backward, growth=growth)
+
+        body, batch = await asyncio.to_thread(decode)
+        ticket = await service.training.forward_backward(
+            tenant, RunId(body.model_id), seq=body.seq_id, batch=batch
+        )
+    return promise(ticket)

@@ -1,0 +1,55 @@
+"""A real service for every test here: real SDK, real socket, real Dask cluster of processes, and a
+real (small) model. One service is shared by all tests of a session, since starting takes seconds;
+tests of crashes and start-up make their own.
+"""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import tinker
+from twinkle_dask import LocalService, local_service
+
+from tests.models import tiny_qwen3
+
+MODEL = "tiny/qwen3"
+ALIAS = "tiny/qwen3-alias"
+KEY = "tml-first-tenant-key"
+OTHER_KEY = "tml-second-tenant-key"
+
+os.environ["TINKER_TELEMETRY"] = "1"
+for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen3(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def service(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[LocalService]:
+    """Two names of one model, two tenants, float32 so that numbers can be compared."""
+    with local_service(
+        {MODEL: str(model_folder), ALIAS: str(model_folder)},
+        api_keys=[KEY, OTHER_KEY],
+        dtype="float32",
+        data_dir=tmp_path_factory.mktemp("data"),
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: LocalService) -> Generator[tinker.ServiceClient]:
+    with tinker.ServiceClient(base_url=service.url, api_key=KEY) as connected:
+        yield connected
+
+
+@pytest.fixture
+def other_client(service: LocalService) -> Generator[tinker.ServiceClient]:
+    """Another tenant."""
+    with tinker.ServiceClient(base_url=service.url, api_key=OTHER_KEY) as connected:
+        yield connected

@@ -1,0 +1,44 @@
+"""The stand-in takes what the real service takes."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+from tests.gateway.in_memory import InMemoryService
+from twinkle_dask.operations.catalogue import Catalogue
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.service import Service
+from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.tenants import Tenants
+from twinkle_dask.operations.training import Training
+
+PARTS = {
+    "tenants": Tenants,
+    "catalogue": Catalogue,
+    "sessions": Sessions,
+    "runs": Runs,
+    "training": Training,
+    "sampling": Sampling,
+    "checkpoints": Checkpoints,
+}
+world = InMemoryService()
+
+
+def parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_same_parameters(part: str) -> None:
+    for name, stand_in in vars(getattr(world, part)).items():
+        real = getattr(PARTS[part], name)
+        assert parameters(stand_in) == parameters(real), name
+        assert inspect.iscoroutinefunction(stand_in) == inspect.iscoroutinefunction(real), name
+
+
+@pytest.mark.parametrize("name", ["finish_session", "outcome"])
+def test_same_parameters_of_the_whole(name: str) -> None:
+    assert parameters(getattr(world, name)) == parameters(getattr(Service, name))

@@ -1,0 +1,109 @@
+"""The server on a real socket."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from tests.gateway.in_memory import KEY, InMemoryService
+from twinkle_dask.errors import StartupError
+from twinkle_dask_gateway.app import create_app
+from twinkle_dask_gateway.config import GatewayConfig
+from twinkle_dask_gateway.server import serve_http
+
+HEADERS = {"x-api-key": KEY}
+
+
+@asynccontextmanager
+async def serving(
+    world: InMemoryService, config: GatewayConfig
+) -> AsyncGenerator[tuple[int, asyncio.Event]]:
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    app = create_app(world.service, config)
+    serve = asyncio.create_task(serve_http(app, config, started=port.set_result, stop=stop))
+    try:
+        yield await port, stop
+    finally:
+        stop.set()
+        await asyncio.wait_for(serve, 3)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+async def test_a_stopping_server_lets_polls_go_at_once(world: InMemoryService) -> None:
+    config = GatewayConfig(port=0, url_prefix="/a/b")
+    async with serving(world, config) as (port, stop), httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port}/a/b/api/v1"
+        assert (await client.get(f"{url}/healthz")).json() == {"status": "ok"}
+        poll = asyncio.create_task(
+            client.post(f"{url}/retrieve_future", json={"request_id": "held"}, headers=HEADERS)
+        )
+        await until(lambda: world.open_waits == 1)
+        stop.set()
+        response = await asyncio.wait_for(poll, 2)
+        assert response.status_code == 408
+    assert world.open_waits == 0
+
+
+async def test_a_client_that_leaves_is_not_waited_for(world: InMemoryService) -> None:
+    config = GatewayConfig(port=0)
+    async with serving(world, config) as (port, _), httpx.AsyncClient() as client:
+        poll = asyncio.create_task(
+            client.post(
+                f"http://127.0.0.1:{port}/api/v1/retrieve_future",
+                json={"request_id": "held"},
+                headers=HEADERS,
+            )
+        )
+        await until(lambda: world.open_waits == 1)
+        poll.cancel()
+        await until(lambda: world.open_waits == 0)
+
+
+async def test_answers_are_not_delayed_by_the_kernel(world: InMemoryService) -> None:
+    # Without TCP_NODELAY the body of each answer waits about 40 ms for an acknowledgement.
+    async with serving(world, GatewayConfig(port=0)) as (port, _), httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port}/api/v1/client/config"
+        await client.post(url, headers=HEADERS)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        for _ in range(20):
+            await client.post(url, headers=HEADERS)
+        assert loop.time() - started < 20 * 0.030
+
+
+async def test_a_port_in_use_is_named(world: InMemoryService) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*in use"):
+            async with serving(world, GatewayConfig(port=port)):
+                pass
+
+
+@pytest.mark.parametrize(
+    "config", [GatewayConfig(host="no.such.host.invalid"), GatewayConfig(port=70000)]
+)
+async def test_an_impossible_address_is_named(
+    world: InMemoryService, config: GatewayConfig
+) -> None:
+    stop = asyncio.Event()
+    app = create_app(world.service, config)
+    with pytest.raises(StartupError, match=f"{config.host}:{config.port}"):
+        await serve_http(app, config, started=lambda _: None, stop=stop)
+
+
+def test_a_prefix_is_a_path() -> None:
+    with pytest.raises(ValueError, match="url_prefix"):
+        GatewayConfig(url_prefix="a/")

@@ -1,0 +1,118 @@
+"""What is let by, and what is refused by name."""
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.operations.values import CheckpointAddress
+from twinkle_dask.store.records import CheckpointKind
+from twinkle_dask.types import RunId
+from twinkle_dask_gateway.tinker import wire
+from twinkle_dask_gateway.tinker.addresses import format_address, parse_address
+from twinkle_dask_gateway.tinker.reading import check
+
+SAMPLE = {
+    "sampling_session_id": "s:sample:0",
+    "prompt": {"chunks": [{"tokens": [1]}]},
+    "sampling_params": {},
+}
+CREATE = {"session_id": "s", "model_seq_id": 0, "base_model": "m"}
+SAVE = {"model_id": "m", "sampling_session_seq_id": 0}
+LOAD = {"model_id": "m", "path": "tinker://r/weights/n"}
+STEP = {"model_id": "m", "adam_params": {}}
+
+
+def test_a_newer_clients_idle_fields_are_let_by() -> None:
+    idle = {"someday": None, "count": 0, "flag": False, "names": [], "more": {}, "text": ""}
+    check(wire.Sample, SAMPLE | idle)
+    check(wire.OptimStep, {"model_id": "m", "adam_params": idle, "type": "optim_step"})
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "field"),
+    [
+        (wire.Sample, SAMPLE | {"topk_prompt_logprobs": 5}, "topk_prompt_logprobs"),
+        (wire.Sample, SAMPLE | {"topk_sample_logprobs": 1}, "topk_sample_logprobs"),
+        (wire.Sample, SAMPLE | {"target_prompt_logprobs": {"data": [1]}}, "target_prompt_logprobs"),
+        (wire.Sample, SAMPLE | {"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
+        (wire.Sample, SAMPLE | {"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n"),
+        (wire.Sample, SAMPLE | {"record_stability_info": True}, "record_stability_info"),
+        (wire.Sample, SAMPLE | {"base_model": "m"}, "sampling session"),
+        (wire.Sample, SAMPLE | {"sampling_params": {"min_p": 0.1}}, "min_p"),
+        (wire.CreateModel, CREATE | {"optimizer_config": {"type": "dimuon"}}, "dimuon"),
+        (wire.CreateModel, CREATE | {"lora_config": {"rank": 8, "dropout": 0.1}}, "dropout"),
+        (wire.OptimStep, {"model_id": "m", "optimizer_params": {"type": "dimuon"}}, "adam_params"),
+        (wire.SaveWeightsForSampler, SAVE | {"kind": "inflight"}, "kind"),
+        (wire.LoadWeights, LOAD | {"weights_access_token": "x"}, "weights_access_token"),
+        (wire.LoadWeights, LOAD | {"optimizer_config": {"type": "muon"}}, "muon"),
+    ],
+)
+def test_what_asks_for_more_than_we_do_is_refused_by_name(
+    model: type[BaseModel], body: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        check(model, body)
+
+
+def test_a_refusal_never_echoes_the_input() -> None:
+    secret = "s3cret" * 1000
+    for body in (
+        STEP | {"adam_params": {"learning_rate": secret}},
+        STEP | {"seq_id": secret},
+        STEP | {"model_id": [secret]},
+        {"model_id": secret * 2},
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            check(wire.OptimStep, body)
+        assert "s3cret" not in refused.value.message
+        assert len(refused.value.message) < 1000
+
+
+@pytest.mark.parametrize("seq", [-1, 2**63, 1.5, "x"])
+def test_places_are_64_bits(seq: Any) -> None:
+    with pytest.raises(InvalidRequest, match="seq_id"):
+        check(wire.OptimStep, STEP | {"seq_id": seq})
+    assert check(wire.OptimStep, STEP | {"seq_id": 2**63 - 1}).seq_id == 2**63 - 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_settings_are_finite(value: float) -> None:
+    with pytest.raises(InvalidRequest, match="learning_rate"):
+        check(wire.OptimStep, STEP | {"adam_params": {"learning_rate": value}})
+
+
+@pytest.mark.parametrize("kind", list(CheckpointKind))
+def test_an_address_reads_back(kind: CheckpointKind) -> None:
+    address = CheckpointAddress(run=RunId("session-1:train:0"), kind=kind, name="step-0001.a_b")
+    assert parse_address(format_address(address)) == address
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "tinker://",
+        "tinker://r/weights",
+        "tinker://r/weights/a/b",
+        "tinker://r/weights/",
+        "tinker://r/weights/.",
+        "tinker://r/weights/..",
+        "tinker://r/weights/a b",
+        "tinker://r/weights/a%2Fb",
+        "tinker://r/weights/" + "a" * 129,
+        "tinker://r/other/a",
+        "tinker://r/external_weights/a",
+        "tinker:///weights/a",
+        "tinker://../weights/a",
+        "tinker://r\\x/weights/a",
+        "tinker://" + "r" * 300 + "/weights/a",
+        "Tinker://r/weights/a",
+        "/r/weights/a",
+    ],
+)
+def test_what_is_no_address_is_refused(path: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse_address(path)
+    assert len(refused.value.message) < 400

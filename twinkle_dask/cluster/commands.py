@@ -1,0 +1,191 @@
+"""What a host can be told, and what it answers: values that travel packed.
+
+A command's ``body`` is packed by itself, so that the bytes which went into the journal go to the
+host as they are, and a stored result is what the host sent.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from twinkle_dask import errors, packing
+from twinkle_dask.types import LoraSpec, RunId, TenantId
+
+
+class Role(StrEnum):
+    """What a host does with its copy of the base weights."""
+
+    BOTH = "both"
+    TRAINER = "trainer"
+    SAMPLER = "sampler"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """Everything a host needs to start.
+
+    Attributes:
+        source: Of the base weights.
+        blob_url: Where checkpoints and snapshots lie; the host must be able to reach it.
+        threads: Threads for arithmetic on a CPU; None leaves the worker's setting.
+        tokens_per_micro_batch: See ``config.EngineConfig``; so the next.
+    """
+
+    source: str
+    role: Role
+    dtype: str
+    max_rank: int
+    blob_url: str
+    threads: int | None = None
+    tokens_per_micro_batch: int | None = None
+    kv_cache_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateRun:
+    """Make a run with a fresh adapter, or replace what the host has under that id."""
+
+    spec: LoraSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFolder:
+    """Set a run to what a checkpoint or snapshot folder holds; makes the run if need be."""
+
+    folder: str
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFolder:
+    """Write a run to a new folder of the blob store. Answers ``FolderSaved``.
+
+    Attributes:
+        gradients: Also what has been accumulated and not yet spent (snapshots).
+        optimizer: Also the moments; sampler weights go without.
+        base_model: Name to record.
+    """
+
+    folder: str
+    base_model: str
+    optimizer: bool
+    gradients: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderSaved:
+    """A folder is durable. ``num_bytes`` counts all its files."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropRun:
+    """Forget a run and free its memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Carries a packed ``SampleRequest``.
+
+    Attributes:
+        adapter: Folder with the adapter's weights; None samples the base model.
+    """
+
+    request: bytes
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop the sample command with this id, if it is still going on."""
+
+    command_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One envelope to a host.
+
+    Attributes:
+        id: Unique; a host that sees it again answers with the first outcome.
+        run: The run whose order the command joins; empty for samples and cancels.
+        body: One of the above, a ``ForwardBackward`` or an ``OptimStep``, packed.
+    """
+
+    id: str
+    run: RunId
+    tenant: TenantId
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A class of ``errors`` by name, and its message."""
+
+    kind: str
+    message: str
+
+    def error(self) -> errors.TwinkleDaskError:
+        """The exception again; an unknown kind becomes a ServiceFault."""
+        return _ERRORS.get(self.kind, errors.ServiceFault)(self.message)
+
+    @classmethod
+    def of(cls, error: errors.TwinkleDaskError) -> "Failure":
+        """What travels of an exception."""
+        return cls(kind=type(error).__name__, message=error.message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What became of a command.
+
+    Attributes:
+        result: A packed result value, or empty where there is nothing to say.
+    """
+
+    id: str
+    result: bytes = b""
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poll:
+    """Completions after ``cursor``; the reply's cursor acknowledges them next time."""
+
+    cursor: int
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """The answer to ``Poll``."""
+
+    cursor: int
+    items: tuple[Completion, ...]
+
+
+def _leaves(cls: type[errors.TwinkleDaskError]) -> dict[str, type[errors.TwinkleDaskError]]:
+    found = {cls.__name__: cls}
+    for child in cls.__subclasses__():
+        found |= _leaves(child)
+    return found
+
+
+_ERRORS = _leaves(errors.TwinkleDaskError)
+
+packing.register(
+    Cancel,
+    Command,
+    Completion,
+    Completions,
+    CreateRun,
+    DropRun,
+    Failure,
+    FolderSaved,
+    HostConfig,
+    LoadFolder,
+    Poll,
+    Role,
+    Sample,
+    SaveFolder,
+)

@@ -1,0 +1,91 @@
+"""The cluster that a laptop gets: a scheduler in this process and one worker process per GPU.
+
+Without a GPU there is one worker per base model, and the cores are shared out between them.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import dask.config
+from distributed import Nanny, Scheduler, SpecCluster
+
+#: What every cluster of ours needs; the reasons are in docs/architecture.md, "Dask settings".
+SETTINGS: dict[str, Any] = {
+    "distributed.scheduler.worker-ttl": "20s",
+    "distributed.scheduler.idle-timeout": None,
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.worker.profile.enabled": False,
+    "distributed.comm.compression": False,
+    "distributed.comm.timeouts.connect": "5s",
+    "distributed.comm.timeouts.tcp": "15s",
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.admin.tick.limit": "3s",
+}
+
+
+def use_settings() -> None:
+    """Apply ``SETTINGS`` to this process, and so to the workers it starts."""
+    dask.config.set(SETTINGS)
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs this process may use, found without loading torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in {"", "-1"}])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+async def start_embedded(num_sources: int, threads: int | None, dashboard: str | None) -> Any:
+    """Start scheduler and workers.
+
+    Args:
+        num_sources: Base models; each gets a worker even where there are fewer GPUs.
+        threads: Arithmetic threads of one worker; None shares the cores out.
+        dashboard: ``HOST:PORT``, or None for no dashboard.
+
+    Returns:
+        The running ``SpecCluster``; ``await cluster.close()`` ends its processes.
+    """
+    gpus = num_gpus()
+    workers = max(gpus, num_sources)
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    spec: dict[str, Any] = {}
+    for i in range(workers):
+        env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[i % gpus].strip()
+        spec[f"gpu-{i}"] = {
+            "cls": Nanny,
+            "options": {
+                "nthreads": 1,
+                "resources": {"GPU": 1},
+                "memory_limit": 0,
+                "env": env,
+                "dashboard": False,
+                "host": "127.0.0.1",
+                "silence_logs": None,
+            },
+        }
+    scheduler: dict[str, Any] = {
+        "cls": Scheduler,
+        "options": {
+            "host": "127.0.0.1",
+            "protocol": "tcp://",
+            "dashboard": dashboard is not None,
+            "dashboard_address": dashboard or ":0",
+        },
+    }
+    return await SpecCluster(
+        workers=spec, scheduler=scheduler, asynchronous=True, silence_logs=False, name="twinkle"
+    )

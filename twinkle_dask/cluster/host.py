@@ -1,0 +1,263 @@
+"""The actor that owns a GPU worker: an async facade over the engine thread.
+
+Every public method is async, takes and gives packed bytes, and only enqueues or waits, since the
+async methods of all actors share the worker's event loop. Exceptions never cross as such (an
+exception that fails to unpickle would hang the caller for ever); they travel as ``Failure``.
+
+The gateway imports this module to name the class, so torch comes in only inside the constructor.
+"""
+
+import asyncio
+import functools
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from twinkle_dask import logs, packing
+from twinkle_dask.checkpoints import folders
+from twinkle_dask.cluster.commands import (
+    Cancel,
+    Command,
+    Completion,
+    Completions,
+    CreateRun,
+    DropRun,
+    Failure,
+    FolderSaved,
+    HostConfig,
+    LoadFolder,
+    Poll,
+    Role,
+    Sample,
+    SaveFolder,
+)
+from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError
+from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.types import ForwardBackward, OptimStep, RunState
+
+if TYPE_CHECKING:
+    from twinkle_dask.cluster.engine_thread import EngineThread
+
+log = structlog.stdlib.get_logger(__name__)
+
+Method = Callable[["Host", bytes], Awaitable[object]]
+
+
+def answered(method: Method) -> Callable[["Host", bytes], Awaitable[bytes]]:
+    """Make a method answer packed bytes whatever happens inside it."""
+
+    @functools.wraps(method)
+    async def wrapper(self: "Host", request: bytes) -> bytes:
+        try:
+            return packing.pack(await method(self, request))
+        except TwinkleDaskError as error:
+            return packing.pack(Failure.of(error))
+        except Exception:
+            log.exception("host_method_failed", method=method.__name__)
+            fault = ServiceFault("The host failed; its log has the details.")
+            return packing.pack(Failure.of(fault))
+
+    return wrapper
+
+
+class Host:
+    """Carries a trainer engine, a sampler engine, or both, over one copy of the base weights.
+
+    Args:
+        config: A packed ``HostConfig``.
+        log_level: Of this process's log.
+
+    Raises:
+        StartupError: The base model cannot be loaded.
+    """
+
+    def __init__(self, config: bytes, log_level: str) -> None:
+        logs.configure(log_level)
+        # The engine thread runs much Python between its kernels; with the default of 5 ms every
+        # message to the event loop would wait that long for the interpreter.
+        sys.setswitchinterval(0.0005)
+        self._config: HostConfig = packing.unpack(config)
+        self._blobs = BlobStore(self._config.blob_url)
+        self._epoch = 0
+        self._arrived = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._known: set[str] = set()
+        self._completions: list[tuple[int, Completion]] = []
+        self._cursor = 0
+        self._saving: dict[str, tuple[Command, SaveFolder]] = {}
+        self._lock = threading.Lock()
+        self._engine, self._facts = self._build()
+
+    def _build(self) -> "tuple[EngineThread, Any]":
+        # Here and not above, so that the gateway can name this class without loading torch.
+        from twinkle_dask.cluster.engines import build_engines
+
+        trainer, sampler, facts = build_engines(self._config)
+        from twinkle_dask.cluster.engine_thread import EngineThread
+
+        engine = EngineThread(trainer, sampler, self._read_adapter, self._on_done)
+        return engine, facts
+
+    def _read_adapter(self, folder: str) -> Any:
+        return folders.read_adapter(self._blobs, folder)
+
+    @answered
+    async def facts(self, request: bytes) -> object:
+        """The base model's ``ModelFacts``."""
+        return self._facts
+
+    @answered
+    async def health(self, request: bytes) -> object:
+        """Answers while the event loop turns and the engine thread lives."""
+        self._check_engine()
+        return {"known": len(self._known)}
+
+    @answered
+    async def attach(self, request: bytes) -> object:
+        """A gateway takes over: forget all runs and answers of the one before.
+
+        The request is the new epoch; calls with another one are refused from now on.
+        """
+        self._epoch = packing.unpack(request)["epoch"]
+        self._known.clear()
+        self._completions.clear()
+        forgotten: Future[None] = Future()
+        self._engine.post(lambda: forgotten.set_result(self._forget()))
+        await asyncio.wrap_future(forgotten)
+        return {}
+
+    @answered
+    async def submit(self, request: bytes) -> object:
+        """Enqueue commands in order; one that is known already is left alone."""
+        message = packing.unpack(request)
+        self._check_epoch(message["epoch"])
+        self._check_engine()
+        self._loop = asyncio.get_running_loop()
+        for command in message["commands"]:
+            if command.id not in self._known:
+                self._known.add(command.id)
+                try:
+                    self._accept(command)
+                except Exception as error:  # noqa: BLE001 - becomes this command's answer
+                    self._complete(command.id, error)
+        return {}
+
+    @answered
+    async def poll(self, request: bytes) -> object:
+        """Wait for completions after the cursor; what lies before it may be forgotten."""
+        message = packing.unpack(request)
+        self._check_epoch(message["epoch"])
+        self._check_engine()
+        poll: Poll = message["poll"]
+        with self._lock:
+            self._known -= {c.id for at, c in self._completions if at <= poll.cursor}
+            self._completions = [(at, c) for at, c in self._completions if at > poll.cursor]
+        if not self._completions:
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), poll.wait_s)
+            except TimeoutError:
+                self._check_engine()
+        with self._lock:
+            items = list(self._completions)
+        cursor = items[-1][0] if items else poll.cursor
+        return Completions(cursor=cursor, items=tuple(c for _, c in items))
+
+    @answered
+    async def close(self, request: bytes) -> object:
+        """Stop the engine thread."""
+        await asyncio.to_thread(self._engine.stop)
+        return {}
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            raise HostLost("Another gateway has taken this host over.")
+
+    def _check_engine(self) -> None:
+        if self._engine.fault is not None:
+            raise HostLost(f"The engine has died: {self._engine.fault!r}")
+
+    def _forget(self) -> None:
+        if self._engine.trainer is not None:
+            for run in tuple(self._engine.trainer.runs()):
+                self._engine.trainer.drop_run(run)
+
+    def _drop(self, command: Command) -> None:
+        if self._engine.trainer is not None:
+            self._engine.trainer.drop_run(command.run)
+        self._complete(command.id, None)
+
+    def _accept(self, command: Command) -> None:
+        from twinkle_dask.sampler import interface
+        from twinkle_dask.trainer import work
+
+        def train(body: work.WorkBody) -> None:
+            self._engine.train(
+                work.Work(id=command.id, run=command.run, tenant=command.tenant, body=body)
+            )
+
+        body = packing.unpack(command.body)
+        match body:
+            case ForwardBackward() | OptimStep():
+                train(body)
+            case CreateRun():
+                train(work.CreateRun(spec=body.spec))
+            case LoadFolder():
+                state = self._engine.pool.submit(folders.read_state, self._blobs, body.folder)
+                train(work.LoadState(state=state, with_optimizer=body.with_optimizer))
+                state.add_done_callback(self._engine.wake)
+            case SaveFolder():
+                self._saving[command.id] = (command, body)
+                train(work.ExportState(gradients=body.gradients, optimizer=body.optimizer))
+            case DropRun():
+                self._engine.post(lambda: self._drop(command))
+            case Sample():
+                request = packing.unpack(body.request)
+                self._engine.sample(
+                    interface.SampleWork(
+                        id=command.id, tenant=command.tenant, request=request, adapter=body.adapter
+                    )
+                )
+            case Cancel():
+                self._engine.cancel_sample(body.command_id)
+                self._complete(command.id, None)
+            case _:
+                raise ServiceFault(f"Hosts do not know {type(body).__name__}.")
+
+    def _on_done(self, command_id: str, outcome: object) -> None:
+        saving = self._saving.pop(command_id, None)
+        if saving is not None and isinstance(outcome, RunState):
+            self._engine.pool.submit(self._save, *saving, outcome)
+            return
+        self._complete(command_id, outcome)
+
+    def _save(self, command: Command, body: SaveFolder, state: RunState) -> None:
+        """Write a run's state to its folder; on the pool."""
+        try:
+            size = folders.write_state(self._blobs, body.folder, state, base_model=body.base_model)
+            if self._config.role is Role.BOTH and not body.optimizer:
+                self._engine.offer_adapter(body.folder, state.adapter)
+        except Exception as error:  # noqa: BLE001 - becomes this command's answer
+            self._complete(command.id, error)
+        else:
+            self._complete(command.id, FolderSaved(num_bytes=size))
+
+    def _complete(self, command_id: str, outcome: object) -> None:
+        """Store a command's answer and wake the poll. Any thread."""
+        from twinkle_dask.cluster.engine_thread import as_error
+
+        error = as_error(outcome)
+        if error is not None:
+            completion = Completion(id=command_id, failure=Failure.of(error))
+        else:
+            result = b"" if outcome is None else packing.pack(outcome)
+            completion = Completion(id=command_id, result=result)
+        with self._lock:
+            self._cursor += 1
+            self._completions.append((self._cursor, completion))
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._arrived.set)

@@ -1,0 +1,250 @@
+"""The one typed configuration: YAML file, environment ``TWINKLE_DASK_*``, command line.
+
+Flags win over the environment, which wins over the file. Unknown keys are errors whose message
+names the nearest known one. ``docs/configuration.md`` lists every setting.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from twinkle_dask.errors import StartupError
+
+ENVIRONMENT_PREFIX = "TWINKLE_DASK_"
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Settings):
+    """One name that tenants may ask for.
+
+    Attributes:
+        source: Hugging Face folder, GGUF file or folder, or hub id. Names that share a source
+            share one copy of the weights.
+        tokenizer: What clients are told to load as tokenizer; a folder or a hub id. By default the
+            source if clients can be expected to read it (a hub id, or a folder while the server
+            listens on loopback only), else the name.
+        trainers: Hosts that only train, on a cluster.
+        samplers: Hosts that only sample, on a cluster. With both 0 the free workers are shared
+            out: see ``cluster.placement``.
+    """
+
+    source: str
+    tokenizer: str | None = None
+    trainers: int = Field(default=0, ge=0)
+    samplers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _both_roles(self) -> "ModelConfig":
+        if (self.trainers == 0) != (self.samplers == 0):
+            raise ValueError("give both trainers and samplers, or neither")
+        return self
+
+
+class LimitConfig(Settings):
+    """What one tenant, or one request, may ask for.
+
+    Attributes:
+        max_body_bytes: Largest request body, after decompression.
+        max_rank: Largest LoRA rank.
+        max_samples: Largest ``num_samples``.
+        max_queued_operations: Operations waiting in one run.
+        session_timeout_s: A session without heartbeat for so long expires; its runs leave the
+            hosts' memory and stay in the store.
+    """
+
+    max_body_bytes: int = Field(default=256 * 2**20, gt=0)
+    max_rank: int = Field(default=256, gt=0)
+    max_samples: int = Field(default=1024, gt=0)
+    max_queued_operations: int = Field(default=4096, gt=0)
+    session_timeout_s: float = Field(default=1800.0, gt=0)
+
+
+class JournalConfig(Settings):
+    """How long things are kept, and how often runs are written down.
+
+    Attributes:
+        snapshot_operations: Snapshot a run after so many state-changing operations.
+        snapshot_bytes: Or after so many bytes of journal.
+        keep_delivered_s: A delivered result stays readable for so long.
+        keep_finished_s: An undelivered one.
+        prune_interval_s: Time between clean-ups.
+        gap_grace_s: An operation whose predecessor never arrives starts after so long.
+    """
+
+    snapshot_operations: int = Field(default=100, gt=0)
+    snapshot_bytes: int = Field(default=256 * 2**20, gt=0)
+    keep_delivered_s: float = Field(default=600.0, gt=0)
+    keep_finished_s: float = Field(default=86400.0, gt=0)
+    prune_interval_s: float = Field(default=30.0, gt=0)
+    gap_grace_s: float = Field(default=2.0, gt=0)
+
+
+class EngineConfig(Settings):
+    """How hosts compute.
+
+    Attributes:
+        tokens_per_micro_batch: Upper bound of padded tokens in one training pass; None chooses
+            by device.
+        kv_cache_bytes: Memory for the sampler's keys and values; None chooses by memory.
+        threads: Threads of one host's arithmetic on a CPU; None shares the cores out.
+    """
+
+    tokens_per_micro_batch: int | None = Field(default=None, gt=0)
+    kv_cache_bytes: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+
+
+class ServiceConfig(Settings):
+    """Everything ``twinkle-dask serve`` can be told.
+
+    Attributes:
+        models: Served names.
+        host: Address to listen on. Beyond loopback an API key must be configured.
+        port: 0 takes a free one.
+        data_dir: Folder of everything durable; one server at a time.
+        database_url: SQLAlchemy URL; None is SQLite in ``data_dir``.
+        blob_url: fsspec URL of checkpoints and journal payloads; None is ``data_dir``.
+        api_keys: Each is a tenant. None given: one is made and printed.
+        scheduler: Address of a Dask scheduler; None starts an embedded cluster.
+        dtype: Of the base weights.
+        dashboard: ``HOST:PORT`` of the embedded cluster's Dask dashboard; None is off.
+        compress_uploads: Tell clients to compress training data (zstd).
+        url_prefix: Path in front of every route, for example ``/tinker``.
+        log_level: Least severe level written to standard error.
+        start_timeout_s: Longest wait for workers and model loading.
+    """
+
+    models: Mapping[str, ModelConfig] = Field(min_length=1)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    data_dir: Path = Path("twinkle-data")
+    database_url: str | None = None
+    blob_url: str | None = None
+    api_keys: tuple[str, ...] = ()
+    scheduler: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dashboard: str | None = None
+    compress_uploads: bool = False
+    url_prefix: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    limits: LimitConfig = LimitConfig()
+    journal: JournalConfig = JournalConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        """Accept ``NAME: SOURCE`` beside ``NAME: {source: SOURCE}``."""
+        if not isinstance(value, Mapping):
+            return value
+        items = cast(Mapping[str, object], value)
+        return {k: {"source": v} if isinstance(v, str) else v for k, v in items.items()}
+
+    @field_validator("api_keys")
+    @classmethod
+    def _key_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for key in value:
+            if not key.startswith("tml-") or len(key) < 8:
+                # The official client refuses other forms before it sends anything.
+                raise ValueError("an API key starts with 'tml-' and has at least 8 characters")
+        return value
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in {"127.0.0.1", "localhost", "::1"} or self.host.startswith("127.")
+
+
+def load_config(
+    file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+) -> ServiceConfig:
+    """Merge file, environment and flags.
+
+    Args:
+        file: YAML with the names of ``ServiceConfig``.
+        flags: Settings given on the command line; None values are not given.
+        environment: Reads ``TWINKLE_DASK_PORT``, ``TWINKLE_DASK_LIMITS__MAX_RANK`` and so on;
+            values are YAML.
+
+    Raises:
+        StartupError: Unreadable file, unknown key, or a value of the wrong kind.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merged = _read(file)
+    _merge(merged, _from_environment(environment))
+    _merge(merged, {key: value for key, value in flags.items() if value is not None})
+    try:
+        return ServiceConfig.model_validate(merged)
+    except ValidationError as error:
+        raise StartupError(_explain(error)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise StartupError(f"Cannot read the configuration {file}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise StartupError(f"The configuration {file} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise StartupError(f"The configuration {file} must be a mapping of settings.")
+    return cast(dict[str, Any], tree)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, text in environment.items():
+        if not name.startswith(ENVIRONMENT_PREFIX):
+            continue
+        *groups, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        if not groups and key in _CLIENT_VARIABLES:
+            continue
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[key] = yaml.safe_load(text)
+    return tree
+
+
+# Variables of the same prefix that the client and the launcher read.
+_CLIENT_VARIABLES = frozenset({"url", "api_key"})
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], cast(Mapping[str, Any], value))
+        else:
+            into[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines: list[str] = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_names(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            lines.append(f"Unknown setting {where!r}.{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"Setting {where!r} is missing.")
+        else:
+            lines.append(f"Setting {where!r}: {problem['msg']}.")
+    return "\n".join(lines)
+
+
+def _known_names() -> list[str]:
+    groups = (ServiceConfig, ModelConfig, LimitConfig, JournalConfig, EngineConfig)
+    return [name for group in groups for name in group.model_fields]

@@ -1,0 +1,223 @@
+"""From a model's source to a ``BaseModel``: files, dtype and device, tokenizer, facts."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from twinkle_dask.errors import StartupError
+from twinkle_dask.model.base import BaseModel
+from twinkle_dask.model.source import ModelSource, SourceKind, check_source, hub_is_offline
+from twinkle_dask.types import ModelFacts
+
+log = logging.getLogger(__name__)
+
+# These libraries' methods are untyped or partly so; they are used through Any on purpose.
+_config_class: Any = transformers.AutoConfig
+_model_class: Any = transformers.AutoModelForCausalLM
+_tokenizer_class: Any = transformers.AutoTokenizer
+_hub: Any = huggingface_hub
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Other layouts of the same weights that some hub repositories carry as well.
+_NOT_FROM_HUB = ["*/*", "consolidated*"]
+
+# Settings by which some architectures change the logits after the head, with their neutral values.
+_LOGIT_MATHS = {
+    "final_logit_softcapping": (None, 0, 0.0),
+    "logits_scaling": (None, 1, 1.0),
+    "logit_scale": (None, 1, 1.0),
+    "lm_head_multiplier": (None, 1, 1.0),
+}
+
+
+def load_base(source: str, dtype: str, max_rank: int) -> BaseModel:
+    """Load a causal language model, frozen and ready to wear adapters.
+
+    Args:
+        source: A Hugging Face folder, a GGUF file or a folder with one, or a hub id.
+        dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the hardware is fast at it.
+        max_rank: Largest LoRA rank this host accepts; passed on in the facts.
+
+    Raises:
+        StartupError: The source cannot be had, is damaged, or is no model that is supported.
+    """
+    # Progress bars would break up the log on standard error.
+    transformers.utils.logging.disable_progress_bar()
+    started_s = time.monotonic()
+    place = _local(check_source(source))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load_model(place, choose_dtype(dtype, device)).to(device)
+    tokenizer = _load_tokenizer(place)
+    base = BaseModel(model, _facts(model, place, tokenizer, max_rank), tokenizer)
+    log.info("Loaded %s in %.1f s", place.location, time.monotonic() - started_s)
+    return base
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for a setting of ``auto``, ``float32`` or ``bfloat16`` on this machine.
+
+    Raises:
+        StartupError: The setting is none of the three.
+    """
+    match dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            return torch.bfloat16 if _bfloat16_is_fast(device) else torch.float32
+        case _:
+            raise StartupError(f"Unknown dtype {dtype!r}; known are auto, float32 and bfloat16.")
+
+
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # With AMX tiles one core does about 1000 GFLOP/s in bfloat16 against 155 in float32; without
+    # such instructions bfloat16 is emulated and slower than float32.
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("amx_bf16") or can.get("avx512_bf16"))
+
+
+def _local(place: ModelSource) -> ModelSource:
+    """The same model on this machine: a hub id becomes a folder of the hub's cache."""
+    if place.kind is not SourceKind.HUB:
+        return place
+    try:
+        folder: str = _hub.snapshot_download(
+            place.location, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
+        )
+    # Network, permission, spelling, disk: each has its own class, and the operator one way to act.
+    except Exception as error:
+        offline = " HF_HUB_OFFLINE is set, so nothing is downloaded." if hub_is_offline() else ""
+        raise StartupError(
+            f"Model {place.location!r} is no local path, and the Hugging Face hub gave no model of "
+            f"that id.{offline} ({_first_line(error)})"
+        ) from error
+    return check_source(folder)
+
+
+def _load_model(place: ModelSource, dtype: torch.dtype) -> nn.Module:
+    try:
+        config = _config_class.from_pretrained(place.location, **_file(place))
+        _refuse_unsupported(config, place)
+        model, report = _model_class.from_pretrained(
+            place.location,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # to be told of by name, below
+            output_loading_info=True,
+            **_weights(place),
+        )
+    except StartupError:
+        raise
+    # A file that is not what it claims to be fails in transformers, safetensors, gguf or numpy, in
+    # as many ways as there are bytes to damage; the operator needs the place, the log the trace.
+    except Exception as error:
+        damaged = "its weights are damaged: " if isinstance(error, SafetensorError) else ""
+        raise StartupError(
+            f"Model {place.location} cannot be loaded: {damaged}{_first_line(error)}"
+        ) from error
+    _refuse_incomplete(report, place)
+    return model
+
+
+def _file(place: ModelSource) -> dict[str, str]:
+    return {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
+
+
+def _weights(place: ModelSource) -> dict[str, Any]:
+    if place.gguf_file is None:
+        return {"use_safetensors": True}
+    # Packed weights have no plain linears to adapt, and their kernels no gradient.
+    return {**_file(place), "quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _refuse_unsupported(config: Any, place: ModelSource) -> None:
+    causal = cast("dict[str, str]", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    named: list[str] = config.architectures or []
+    known = config.model_type in causal
+    if not known or (named and not set(named) & set(causal.values())):
+        raise StartupError(
+            f"Model {place.location} is no causal language model but "
+            f"{named[0] if named else config.model_type}."
+        )
+    for name, neutral in _LOGIT_MATHS.items():
+        value = getattr(config.get_text_config(), name, None)
+        if value not in neutral:
+            raise StartupError(
+                f"Model {place.location} is not supported yet: it changes its logits by "
+                f"{name}={value}."
+            )
+
+
+def _refuse_incomplete(report: Any, place: ModelSource) -> None:
+    # transformers would go on with random values in their place.
+    wrong: list[tuple[str, list[str]]] = [
+        ("lacks {} weights that its configuration asks for", sorted(report["missing_keys"])),
+        (
+            "has {} weights of another shape than its configuration asks for",
+            sorted(key for key, *_ in report["mismatched_keys"]),
+        ),
+    ]
+    for what, names in wrong:
+        if names:
+            raise StartupError(
+                f"Model {place.location} {what.format(len(names))}, for example {names[0]}."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load_tokenizer(place: ModelSource) -> Any | None:
+    """The source's tokenizer, or None: token ids in and out are a use of their own."""
+    # Asked without its files, transformers makes an empty tokenizer for some model types.
+    if place.gguf_file is None and not any(
+        Path(place.location, name).exists() for name in _TOKENIZER_FILES
+    ):
+        log.info("No tokenizer in %s", place.location)
+        return None
+    try:
+        return _tokenizer_class.from_pretrained(place.location, **_file(place))
+    except Exception as error:  # as many kinds as there are tokenizer formats
+        raise StartupError(
+            f"The tokenizer of model {place.location} cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def _facts(model: Any, place: ModelSource, tokenizer: Any | None, max_rank: int) -> ModelFacts:
+    config = model.config.get_text_config()
+    context_length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context_length, int):
+        raise StartupError(f"Model {place.location} states no max_position_embeddings.")
+    ends: set[int] = set()
+    for holder in (model.generation_config, config, tokenizer):
+        found: int | list[int] | None = getattr(holder, "eos_token_id", None)
+        if found is not None:
+            ends.update([found] if isinstance(found, int) else found)
+    return ModelFacts(
+        architecture=type(model).__name__,
+        # The embedding may be padded beyond the head or the other way round; ids must fit both.
+        vocab_size=min(
+            model.get_input_embeddings().weight.shape[0],
+            model.get_output_embeddings().weight.shape[0],
+        ),
+        context_length=context_length,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        eos_token_ids=tuple(sorted(ends)),
+        max_rank=max_rank,
+        has_tokenizer=tokenizer is not None,
+    )

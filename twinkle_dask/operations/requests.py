@@ -1,0 +1,89 @@
+"""What a lane may carry, as it stands in the journal: enough to do it again after a crash."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from twinkle_dask import packing
+from twinkle_dask.operations.values import CheckpointAddress, TicketKind
+from twinkle_dask.types import ForwardBackward, Json, LoraSpec, OptimStep, SamplerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRun:
+    """Make a run with a fresh adapter."""
+
+    spec: LoraSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveState:
+    """Save a training checkpoint. Folder and id are fixed here, so that a repeat is harmless."""
+
+    name: str
+    overwrite: bool
+    ttl_s: int | None
+    user_metadata: Json
+    checkpoint_id: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveForSampler:
+    """Save sampler weights under a name, or as the sampler ``sampler``."""
+
+    name: str | None
+    sampler: SamplerId | None
+    sampler_seq: int | None
+    ttl_s: int | None
+    user_metadata: Json
+    checkpoint_id: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadState:
+    """Set the run to a checkpoint; as a run's first operation this makes the run.
+
+    Attributes:
+        address: None for an address that has no name of its own.
+    """
+
+    address: CheckpointAddress
+    folder: str
+    with_optimizer: bool
+
+
+LaneRequest: TypeAlias = (
+    StartRun | ForwardBackward | OptimStep | SaveState | SaveForSampler | LoadState
+)
+
+
+def kind_of(request: LaneRequest) -> TicketKind:
+    """The journal's word for a request."""
+    match request:
+        case StartRun():
+            return TicketKind.CREATE_RUN
+        case ForwardBackward():
+            return TicketKind.FORWARD_BACKWARD
+        case OptimStep():
+            return TicketKind.OPTIM_STEP
+        case SaveState():
+            return TicketKind.SAVE_STATE
+        case SaveForSampler():
+            return TicketKind.SAVE_FOR_SAMPLER
+        case LoadState():
+            return TicketKind.LOAD_STATE
+
+
+def changes_run(request: LaneRequest) -> bool:
+    """Whether the run differs afterwards, so that recovery must do it again."""
+    match request:
+        case ForwardBackward():
+            return request.backward
+        case SaveState() | SaveForSampler():
+            return False
+        case StartRun() | OptimStep() | LoadState():
+            return True
+
+
+packing.register(LoadState, SaveForSampler, SaveState, StartRun)

@@ -1,0 +1,424 @@
+"""Runs and their lanes.
+
+Creation, the acknowledged submit that all training goes through, and setting lanes up again after
+a restart.
+"""
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import structlog
+
+from twinkle_dask import packing
+from twinkle_dask.clock import utc_now
+from twinkle_dask.cluster.supervisor import Supervisor
+from twinkle_dask.config import JournalConfig, LimitConfig
+from twinkle_dask.errors import InvalidRequest, NotFound, QuotaExceeded, RequestError, SessionEnded
+from twinkle_dask.operations import validation
+from twinkle_dask.operations.catalogue import Catalogue
+from twinkle_dask.operations.checkpoints import Checkpoints, describe
+from twinkle_dask.operations.finishing import Finisher
+from twinkle_dask.operations.lanes import Lane, LaneOperation, LaneParts
+from twinkle_dask.operations.requests import LaneRequest, LoadState, StartRun, kind_of
+from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.tickets import TicketBoard
+from twinkle_dask.operations.values import (
+    CheckpointAddress,
+    LoraRequest,
+    Page,
+    RunInfo,
+    ServedModel,
+    Tenant,
+    Ticket,
+    TicketKind,
+)
+from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.store.journal import DuplicateOperation
+from twinkle_dask.store.records import (
+    CheckpointKind,
+    CheckpointRecord,
+    OperationRecord,
+    RunRecord,
+)
+from twinkle_dask.store.store import Store
+from twinkle_dask.types import ForwardBackward, Json, LoraSpec, RunId, SessionId, TenantId, TicketId
+
+log = structlog.stdlib.get_logger(__name__)
+
+#: Larger payloads are packed on a thread, so that the event loop keeps turning.
+_PACK_INLINE_TOKENS = 20_000
+
+
+class Runs:
+    """All runs of all tenants."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: BlobStore,
+        supervisor: Supervisor,
+        catalogue: Catalogue,
+        sessions: Sessions,
+        checkpoints: Checkpoints,
+        tickets: TicketBoard,
+        journal: JournalConfig,
+        limits: LimitConfig,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._catalogue = catalogue
+        self._sessions = sessions
+        self._checkpoints = checkpoints
+        self._tickets = tickets
+        self._limits = limits
+        self._lanes: dict[RunId, Lane] = {}
+        self._opening: dict[RunId, asyncio.Lock] = {}
+        self._submits: dict[tuple[RunId, int], asyncio.Task[Ticket]] = {}
+        self._sending: Counter[TenantId] = Counter()
+        self._arriving: Counter[RunId] = Counter()
+        self._touched: set[RunId] = set()
+        self._parts = LaneParts(
+            store=store,
+            blobs=blobs,
+            supervisor=supervisor,
+            config=journal,
+            finish=Finisher(store, blobs, tickets).finish,
+            sending=self._is_sending,
+        )
+
+    async def create(
+        self,
+        tenant: Tenant,
+        session: SessionId,
+        *,
+        seq: int,
+        base_model: str,
+        lora: LoraRequest,
+        user_metadata: Json,
+    ) -> Ticket:
+        """Make a run with a fresh adapter. ``seq`` counts the session's runs from 0."""
+        model = self._catalogue.get(base_model)
+        validation.lora(lora, model)
+        spec = LoraSpec(
+            rank=lora.rank,
+            seed=secrets.randbits(62) if lora.seed is None else lora.seed,
+            train_attn=lora.train_attn,
+            train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed,
+        )
+        request = StartRun(spec=spec)
+        return await self._start(tenant, session, seq, model, spec, user_metadata, request)
+
+    async def create_from(
+        self,
+        tenant: Tenant,
+        session: SessionId,
+        *,
+        seq: int,
+        address: CheckpointAddress,
+        with_optimizer: bool,
+        base_model: str | None,
+        user_metadata: Json,
+    ) -> Ticket:
+        """Make a run that starts where a checkpoint stands, in the checkpoint's LoRA shape."""
+        record = await self._checkpoints.find(tenant.id, address)
+        if base_model is not None and not self._catalogue.same_base(base_model, record.base_model):
+            raise NotFound(
+                f"There is no such checkpoint of {base_model!r}; it belongs to another base model."
+            )
+        model = self._catalogue.get(base_model or record.base_model)
+        request = _load(record, address, with_optimizer)
+        return await self._start(tenant, session, seq, model, record.spec, user_metadata, request)
+
+    async def submit(
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        make: Callable[[Lane, ServedModel], LaneRequest],
+    ) -> Ticket:
+        """Acknowledge an operation: when this returns, it will be done whatever is killed.
+
+        Args:
+            tenant: Who asks.
+            run: Theirs, or it is not found.
+            seq: Its place; None or 0 takes the next. A place that is taken gives the ticket of
+                the operation that has it, so a submit may be repeated.
+            make: Builds and checks the request; what it raises frees the place.
+
+        Raises:
+            OutOfOrder: The run has moved past ``seq``.
+            QuotaExceeded: Too much is queued in this run.
+        """
+        lane = await self.lane(tenant, run)
+        if not seq:
+            taken = (at for of, at in self._submits if of == run)
+            seq = max([lane.order.free_seq() - 1, *taken]) + 1
+        return await self._submit_once(tenant, lane, seq, make)
+
+    async def refuse(self, tenant: Tenant, run: RunId, *, seq: int) -> None:
+        """A request with this place was refused before it got here."""
+        try:
+            lane = await self.lane(tenant, run)
+        except RequestError:
+            return
+        lane.refuse(seq)
+
+    @contextmanager
+    def sending(self, tenant: Tenant) -> Generator[None]:
+        """While a request's body is on its way, absent places of the tenant's runs are awaited."""
+        self._sending[tenant.id] += 1
+        try:
+            yield
+        finally:
+            self._sending[tenant.id] -= 1
+
+    async def lane(self, tenant: Tenant, run: RunId) -> Lane:
+        """A run's lane, opened if need be.
+
+        Raises:
+            NotFound: No such run of this tenant.
+            SessionEnded: Its session is over.
+        """
+        lane = self._lanes.get(run)
+        if lane is None:
+            # One opener at a time, or two lanes would write the same run.
+            async with self._opening.setdefault(run, asyncio.Lock()):
+                lane = self._lanes.get(run) or await self._open(tenant.id, run)
+        if lane.run.tenant_id != tenant.id:
+            raise _unknown(run)
+        if not self._sessions.is_active(lane.run.session_id):
+            raise SessionEnded(
+                f"The session of run {run!r} is over. Save and load checkpoints to go on in "
+                "another one."
+            )
+        self._touched.add(run)
+        return lane
+
+    async def recover(self) -> None:
+        """Queue again what a server before us acknowledged and did not finish."""
+        for record in await self._store.journal.pending():
+            if record.run_id is None:
+                continue
+            try:
+                await self._requeue(record)
+            except InvalidRequest as error:
+                # Its model is not served at the moment; the journal keeps the operation.
+                log.warning("operation_not_recovered", run=record.run_id, error=error.message)
+
+    async def _requeue(self, record: OperationRecord) -> None:
+        if record.run_id is None or record.seq is None or record.payload_path is None:
+            raise InvalidRequest(f"Operation {record.ticket_id} has nothing to be repeated from.")
+        lane = self._lanes.get(record.run_id) or await self._open(record.tenant_id, record.run_id)
+        payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
+        self._tickets.open(record.tenant_id, record.ticket_id)
+        request: LaneRequest = packing.unpack(payload)
+        lane.accept(
+            LaneOperation(ticket=record.ticket_id, seq=record.seq, request=request, payload=payload)
+        )
+        log.info("operation_recovered", run=record.run_id, seq=record.seq, kind=record.kind)
+
+    async def info(self, tenant: Tenant, run: RunId) -> RunInfo:
+        """A run's record with its newest checkpoints."""
+        record = await self._store.runs.get(tenant.id, run)
+        if record is None:
+            raise _unknown(run)
+        return (await self._describe(tenant, (record,)))[0]
+
+    async def page(self, tenant: Tenant, limit: int, offset: int) -> Page[RunInfo]:
+        """A tenant's runs, newest first."""
+        records, total = await self._store.runs.page(tenant.id, limit, offset)
+        items = await self._describe(tenant, records)
+        return Page(items=items, total=total, limit=limit, offset=offset)
+
+    async def release_session(self, session: SessionId) -> None:
+        """Free what a session's runs hold on hosts; their records and checkpoints stay."""
+        for lane in self._lanes.values():
+            if lane.run.session_id == session:
+                lane.release()
+
+    def waits_for_host(self, run: RunId) -> bool:
+        """Whether the run has work and no host to do it."""
+        lane = self._lanes.get(run)
+        return lane is not None and lane.waits_for_host
+
+    async def flush(self) -> None:
+        """Write down which runs were used since the last call."""
+        touched, self._touched = self._touched, set()
+        if touched:
+            await self._store.runs.touch(touched, utc_now())
+
+    async def stop(self) -> None:
+        """End all lanes; what they have not done stays in the journal."""
+        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
+
+    async def _start(
+        self,
+        tenant: Tenant,
+        session: SessionId,
+        seq: int,
+        model: ServedModel,
+        spec: LoraSpec,
+        user_metadata: Json,
+        request: LaneRequest,
+    ) -> Ticket:
+        validation.metadata(user_metadata, "A run's")
+        await self._sessions.active(tenant, session)
+        if seq < 0:
+            raise InvalidRequest(f"model_seq_id must be at least 0, not {seq}.")
+        now = utc_now()
+        run = RunId(f"{session}:train:{seq}")
+        await self._store.runs.add(
+            RunRecord(
+                id=run,
+                session_id=session,
+                tenant_id=tenant.id,
+                run_seq=seq,
+                base_model=model.name,
+                spec=spec,
+                user_metadata=user_metadata,
+                created_at=now,
+                last_request_at=now,
+            )
+        )
+        lane = await self.lane(tenant, run)
+        return await self._submit_once(tenant, lane, 0, lambda _lane, _model: request)
+
+    async def _submit_once(
+        self, tenant: Tenant, lane: Lane, seq: int, make: Callable[[Lane, ServedModel], LaneRequest]
+    ) -> Ticket:
+        """Join the submit of the same place that is going on, or begin one."""
+        place = (lane.run.id, seq)
+        submit = self._submits.get(place)
+        if submit is None:
+            submit = asyncio.create_task(self._submit(tenant, lane, seq, make))
+            self._submits[place] = submit
+            self._arriving[lane.run.id] += 1
+            submit.add_done_callback(lambda _: self._arrived(place))
+        # The client may hang up; what it asked for goes on, and a repeat finds it.
+        return await asyncio.shield(submit)
+
+    def _arrived(self, place: tuple[RunId, int]) -> None:
+        del self._submits[place]
+        self._arriving[place[0]] -= 1
+
+    def _is_sending(self, run: RunRecord) -> bool:
+        return self._sending[run.tenant_id] > 0 or self._arriving[run.id] > 0
+
+    async def _submit(
+        self,
+        tenant: Tenant,
+        lane: Lane,
+        seq: int,
+        make: Callable[[Lane, ServedModel], LaneRequest],
+    ) -> Ticket:
+        if lane.order.knows(seq):
+            known = await self._store.journal.at(lane.run.id, seq)
+            if known is not None:
+                return _ticket(known)
+        lane.order.check(seq)
+        if lane.num_queued >= self._limits.max_queued_operations:
+            raise QuotaExceeded(
+                f"{lane.num_queued} operations wait in this run; collect results first.", 1.0
+            )
+        try:
+            request = make(lane, self._catalogue.get(lane.run.base_model))
+        except RequestError:
+            lane.refuse(seq)
+            raise
+        payload = await _pack(request)
+        ticket = TicketId(secrets.token_hex(12))
+        path = f"journal/{ticket}"
+        await asyncio.to_thread(self._blobs.put, path, payload)
+        record = OperationRecord(
+            ticket_id=ticket,
+            tenant_id=tenant.id,
+            kind=kind_of(request),
+            run_id=lane.run.id,
+            seq=seq,
+            payload_path=path,
+            payload_bytes=len(payload),
+            created_at=utc_now(),
+        )
+        try:
+            await self._store.journal.add(record)
+        except DuplicateOperation as duplicate:
+            return _ticket(duplicate.stored)
+        self._tickets.open(tenant.id, ticket)
+        lane.accept(LaneOperation(ticket=ticket, seq=seq, request=request, payload=payload))
+        return _ticket(record)
+
+    async def _open(self, tenant: TenantId, run: RunId) -> Lane:
+        record = await self._store.runs.get(tenant, run)
+        if record is None:
+            raise _unknown(run)
+        next_seq = await self._next_seq(run)
+        source = self._catalogue.get(record.base_model).source
+        lane = self._lanes[run] = Lane(self._parts, record, source, next_seq)
+        return lane
+
+    async def _next_seq(self, run: RunId) -> int:
+        """The lowest place that has not been decided, as far as the journal knows."""
+        pending = await self._store.journal.first_pending_seq(run)
+        return (
+            pending if pending is not None else await self._store.journal.last_finished_seq(run) + 1
+        )
+
+    async def _describe(
+        self, tenant: Tenant, records: tuple[RunRecord, ...]
+    ) -> tuple[RunInfo, ...]:
+        latest = await self._store.checkpoints.latest(tenant.id, [run.id for run in records])
+
+        def newest(run: RunId, kind: CheckpointKind) -> CheckpointRecord | None:
+            return latest.get((run, kind))
+
+        infos: list[RunInfo] = []
+        for record in records:
+            model = self._catalogue.find(record.base_model)
+            training = newest(record.id, CheckpointKind.TRAINING)
+            sampler = newest(record.id, CheckpointKind.SAMPLER)
+            infos.append(
+                RunInfo(
+                    run=record.id,
+                    session=record.session_id,
+                    base_model=record.base_model,
+                    spec=record.spec,
+                    tokenizer_id=model.tokenizer_id if model else record.base_model,
+                    architecture=model.facts.architecture if model else "unknown",
+                    user_metadata=record.user_metadata,
+                    created_at=record.created_at,
+                    last_request_at=record.last_request_at,
+                    owner=tenant.name,
+                    last_checkpoint=describe(training) if training else None,
+                    last_sampler_checkpoint=describe(sampler) if sampler else None,
+                )
+            )
+        return tuple(infos)
+
+
+async def _pack(request: LaneRequest) -> bytes:
+    if isinstance(request, ForwardBackward) and request.num_tokens > _PACK_INLINE_TOKENS:
+        return await asyncio.to_thread(packing.pack, request)
+    return packing.pack(request)
+
+
+def _load(record: CheckpointRecord, address: CheckpointAddress, with_optimizer: bool) -> LoadState:
+    if with_optimizer and not record.has_optimizer:
+        raise InvalidRequest(
+            f"Checkpoint {address.name!r} holds sampler weights without an optimizer; load it "
+            "without, or load a training checkpoint."
+        )
+    return LoadState(address=address, folder=record.path, with_optimizer=with_optimizer)
+
+
+def _ticket(record: OperationRecord) -> Ticket:
+    return Ticket(id=record.ticket_id, kind=TicketKind(record.kind), run=record.run_id)
+
+
+def _unknown(run: RunId) -> NotFound:
+    return NotFound(f"There is no run {run!r}.")

@@ -1,0 +1,281 @@
+"""Samplers, and drawing from them. Samples have no order: each goes to a host on its own."""
+
+import asyncio
+import secrets
+from dataclasses import dataclass, replace
+
+import structlog
+
+from twinkle_dask import packing
+from twinkle_dask.clock import utc_now
+from twinkle_dask.cluster.commands import Cancel, Command, Sample
+from twinkle_dask.cluster.link import HostLink
+from twinkle_dask.cluster.supervisor import Supervisor
+from twinkle_dask.config import LimitConfig
+from twinkle_dask.errors import (
+    HostLost,
+    InvalidRequest,
+    NotFound,
+    QuotaExceeded,
+    SessionEnded,
+    StorageFailed,
+    TwinkleDaskError,
+)
+from twinkle_dask.operations import validation
+from twinkle_dask.operations.catalogue import Catalogue
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.tickets import TicketBoard
+from twinkle_dask.operations.values import (
+    CheckpointAddress,
+    SamplerInfo,
+    ServedModel,
+    Tenant,
+    Ticket,
+    TicketKind,
+)
+from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.store.journal import DuplicateOperation
+from twinkle_dask.store.records import OperationRecord, SamplerRecord
+from twinkle_dask.store.store import Store
+from twinkle_dask.types import RunId, SampleRequest, SamplerId, SessionId, TenantId, TicketId
+
+log = structlog.stdlib.get_logger(__name__)
+
+_MAX_IN_FLIGHT = 20_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Handle:
+    """A sampler as it is used: ``folder`` holds its weights, None is the base model."""
+
+    record: SamplerRecord
+    model: ServedModel
+    folder: str | None
+    address: CheckpointAddress | None
+
+
+class Sampling:
+    """All samplers of all tenants."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: BlobStore,
+        supervisor: Supervisor,
+        catalogue: Catalogue,
+        sessions: Sessions,
+        checkpoints: Checkpoints,
+        tickets: TicketBoard,
+        limits: LimitConfig,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._supervisor = supervisor
+        self._catalogue = catalogue
+        self._sessions = sessions
+        self._checkpoints = checkpoints
+        self._tickets = tickets
+        self._limits = limits
+        self._handles: dict[SamplerId, _Handle] = {}
+        self._submits: dict[tuple[SamplerId, int], asyncio.Task[Ticket]] = {}
+        self._drawing: dict[TicketId, asyncio.Task[None]] = {}
+        self._owners: dict[TicketId, TenantId] = {}
+
+    async def create(
+        self,
+        tenant: Tenant,
+        session: SessionId,
+        *,
+        seq: int,
+        base_model: str | None,
+        address: CheckpointAddress | None,
+    ) -> SamplerInfo:
+        """Make a sampler of saved weights, or of the base model. An address wins over a name."""
+        await self._sessions.active(tenant, session)
+        checkpoint_id = None
+        if address is not None:
+            checkpoint = await self._checkpoints.find(tenant.id, address)
+            checkpoint_id, base_model = checkpoint.id, checkpoint.base_model
+        if base_model is None:
+            raise InvalidRequest("Give a base_model or a model_path.")
+        record = await self._store.samplers.add(
+            SamplerRecord(
+                id=SamplerId(f"{session}:sample:{seq}"),
+                session_id=session,
+                tenant_id=tenant.id,
+                sampler_seq=seq,
+                base_model=self._catalogue.get(base_model).name,
+                checkpoint_id=checkpoint_id,
+                created_at=utc_now(),
+            )
+        )
+        return await self.info(tenant, record.id)
+
+    async def info(self, tenant: Tenant, sampler: SamplerId) -> SamplerInfo:
+        """What a sampler samples."""
+        handle = await self._handle(tenant.id, sampler)
+        return SamplerInfo(sampler=sampler, base_model=handle.model.name, address=handle.address)
+
+    async def sample(
+        self, tenant: Tenant, sampler: SamplerId, *, seq: int | None, request: SampleRequest
+    ) -> Ticket:
+        """Acknowledge a sample. ``seq`` is an identity: a repeat gives the same ticket.
+
+        Raises:
+            QuotaExceeded: Too many samples are in flight; try again later.
+        """
+        handle = await self._handle(tenant.id, sampler)
+        if not self._sessions.is_active(handle.record.session_id):
+            raise SessionEnded(f"The session of sampler {sampler!r} is over; create a new one.")
+        self._sessions.touch(handle.record.session_id)
+        validation.sample(request, handle.model, self._limits)
+        if len(self._drawing) >= _MAX_IN_FLIGHT:
+            raise QuotaExceeded(f"{len(self._drawing)} samples are in flight.", 1.0)
+        if seq is None:
+            return await self._submit(tenant, handle, None, request)
+        submit = self._submits.get((sampler, seq))
+        if submit is None:
+            submit = asyncio.create_task(self._submit(tenant, handle, seq, request))
+            self._submits[sampler, seq] = submit
+            submit.add_done_callback(lambda _: self._submits.pop((sampler, seq), None))
+        return await asyncio.shield(submit)
+
+    async def cancel(self, tenant: Tenant, ticket: TicketId) -> None:
+        """Stop drawing; the ticket fails. A finished one stays as it is."""
+        drawing = self._drawing.get(ticket)
+        if drawing is None:
+            return
+        if self._owners.get(ticket) != tenant.id:
+            raise NotFound(f"There is no request {ticket!r}.")
+        drawing.cancel()
+        await self._tickets.fail(ticket, InvalidRequest("The request was cancelled."))
+
+    async def recover(self) -> None:
+        """Draw what a server before us acknowledged and did not finish."""
+        for record in await self._store.journal.pending():
+            if record.sampler_id is None or record.payload_path is None:
+                continue
+            try:
+                handle = await self._handle(record.tenant_id, record.sampler_id)
+            except TwinkleDaskError as error:
+                log.warning("sample_not_recovered", ticket=record.ticket_id, error=error.message)
+                continue
+            payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
+            self._tickets.open(record.tenant_id, record.ticket_id)
+            self._start(record.ticket_id, handle, payload)
+
+    async def stop(self) -> None:
+        """End all drawing; the journal keeps what is not done."""
+        drawing = list(self._drawing.values())
+        for task in drawing:
+            task.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)
+
+    async def _handle(self, tenant: TenantId, sampler: SamplerId) -> _Handle:
+        handle = self._handles.get(sampler)
+        if handle is None:
+            record = await self._store.samplers.get(tenant, sampler)
+            if record is None:
+                raise NotFound(f"There is no sampler {sampler!r}.")
+            handle = self._handles[sampler] = await self._open(record)
+        if handle.record.tenant_id != tenant:
+            raise NotFound(f"There is no sampler {sampler!r}.")
+        return handle
+
+    async def _open(self, record: SamplerRecord) -> _Handle:
+        folder = address = None
+        if record.checkpoint_id is not None:
+            checkpoint = await self._store.checkpoints.by_id(record.tenant_id, record.checkpoint_id)
+            if checkpoint is None:
+                raise NotFound(f"The weights of sampler {record.id!r} were deleted.")
+            folder = checkpoint.path
+            if checkpoint.name is not None:
+                run = RunId(checkpoint.run_id)
+                address = CheckpointAddress(run=run, kind=checkpoint.kind, name=checkpoint.name)
+        model = self._catalogue.get(record.base_model)
+        return _Handle(record=record, model=model, folder=folder, address=address)
+
+    async def _submit(
+        self, tenant: Tenant, handle: _Handle, seq: int | None, request: SampleRequest
+    ) -> Ticket:
+        if request.params.seed is None:
+            # Drawn here and kept in the journal, so that doing it again gives the same tokens.
+            params = replace(request.params, seed=secrets.randbits(62))
+            request = replace(request, params=params)
+        payload = packing.pack(request)
+        ticket = TicketId(secrets.token_hex(12))
+        path = f"journal/{ticket}"
+        await asyncio.to_thread(self._blobs.put, path, payload)
+        record = OperationRecord(
+            ticket_id=ticket,
+            tenant_id=tenant.id,
+            kind=TicketKind.SAMPLE,
+            sampler_id=handle.record.id,
+            seq=seq,
+            payload_path=path,
+            payload_bytes=len(payload),
+            sequence_ids=tuple(f"{ticket}-{i}" for i in range(request.num_samples)),
+            created_at=utc_now(),
+        )
+        try:
+            await self._store.journal.add(record)
+        except DuplicateOperation as duplicate:
+            await asyncio.to_thread(self._blobs.remove, path)
+            return _ticket(duplicate.stored)
+        self._tickets.open(tenant.id, ticket)
+        self._start(ticket, handle, payload)
+        return _ticket(record)
+
+    def _start(self, ticket: TicketId, handle: _Handle, payload: bytes) -> None:
+        task = asyncio.create_task(self._draw(ticket, handle, payload), name=f"sample {ticket}")
+        self._drawing[ticket] = task
+        self._owners[ticket] = handle.record.tenant_id
+        task.add_done_callback(lambda done: self._drawn(ticket, done))
+
+    def _drawn(self, ticket: TicketId, task: "asyncio.Task[None]") -> None:
+        del self._drawing[ticket]
+        del self._owners[ticket]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("sample_failed", ticket=ticket, exc_info=error)
+
+    async def _draw(self, ticket: TicketId, handle: _Handle, payload: bytes) -> None:
+        while True:
+            link = await self._supervisor.sampler(handle.model.source, handle.folder)
+            body = packing.pack(Sample(request=payload, adapter=handle.folder))
+            command = Command(
+                id=f"{ticket}@{link.name}",
+                run=RunId(""),
+                tenant=handle.record.tenant_id,
+                body=body,
+            )
+            try:
+                result = await link.send(command)
+            except HostLost:
+                continue  # with the same seed, on another host
+            except asyncio.CancelledError:
+                self._cancel_on(link, command)
+                raise
+            except TwinkleDaskError as error:
+                await self._tickets.fail(ticket, error)
+                return
+            try:
+                await self._tickets.finish(ticket, result)
+            except StorageFailed as error:
+                await self._tickets.fail(ticket, error)
+            return
+
+    def _cancel_on(self, link: HostLink, command: Command) -> None:
+        cancel = Command(
+            id=secrets.token_hex(12),
+            run=RunId(""),
+            tenant=command.tenant,
+            body=packing.pack(Cancel(command_id=command.id)),
+        )
+        answer = link.send(cancel)
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def _ticket(record: OperationRecord) -> Ticket:
+    return Ticket(id=record.ticket_id, kind=TicketKind.SAMPLE, sequence_ids=record.sequence_ids)

@@ -1,0 +1,161 @@
+"""Clients' connections and their heartbeats."""
+
+import secrets
+import time
+from dataclasses import replace
+
+import structlog
+
+from twinkle_dask.clock import utc_now
+from twinkle_dask.errors import NotFound, SessionEnded
+from twinkle_dask.lifecycle import SESSION, SessionEvent, move
+from twinkle_dask.operations.values import Page, SessionInfo, Tenant
+from twinkle_dask.store.records import SessionRecord
+from twinkle_dask.store.store import Store
+from twinkle_dask.types import Json, SessionId
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Sessions:
+    """All sessions; the active ones in memory, since every request asks for one."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._active: dict[SessionId, SessionRecord] = {}
+        self._seen_s: dict[SessionId, float] = {}
+        self._touched: set[SessionId] = set()
+
+    async def load(self) -> None:
+        """Read the active sessions; their clients get the full time to be heard of again."""
+        for record in await self._store.sessions.active():
+            self._remember(record)
+
+    async def create(
+        self,
+        tenant: Tenant,
+        *,
+        tags: tuple[str, ...],
+        user_metadata: Json,
+        display_name: str | None,
+        project_id: str | None,
+        sdk_version: str | None,
+        idempotency_key: str | None,
+    ) -> SessionId:
+        """Open a session; a repeat with the same idempotency key finds the first one."""
+        if idempotency_key is not None:
+            known = await self._store.sessions.by_idempotency_key(tenant.id, idempotency_key)
+            if known is not None:
+                return known.id
+        now = utc_now()
+        record = SessionRecord(
+            id=SessionId(f"session-{secrets.token_hex(8)}"),
+            tenant_id=tenant.id,
+            tags=tags,
+            user_metadata=user_metadata,
+            display_name=display_name,
+            project_id=project_id,
+            sdk_version=sdk_version,
+            idempotency_key=idempotency_key,
+            created_at=now,
+            last_seen_at=now,
+        )
+        record = await self._store.sessions.add(record)
+        self._remember(record)
+        log.info("session_created", session=record.id, tenant=tenant.id)
+        return record.id
+
+    async def active(self, tenant: Tenant, session: SessionId) -> SessionRecord:
+        """The session, heard of now.
+
+        Raises:
+            SessionEnded: It was finished or has expired.
+            NotFound: No such session of this tenant.
+        """
+        record = self._active.get(session)
+        if record is None:
+            ended = await self._store.sessions.get(tenant.id, session)
+            if ended is None:
+                raise NotFound(f"There is no session {session!r}.")
+            raise SessionEnded(f"Session {session!r} was {ended.state}; create a new one.")
+        if record.tenant_id != tenant.id:
+            raise NotFound(f"There is no session {session!r}.")
+        self.touch(session)
+        return record
+
+    def touch(self, session: SessionId) -> None:
+        """The session's client is alive."""
+        if session in self._active:
+            self._seen_s[session] = time.monotonic()
+            self._touched.add(session)
+
+    def is_active(self, session: SessionId) -> bool:
+        """Whether work may still be done in it."""
+        return session in self._active
+
+    async def finish(
+        self, tenant: Tenant, session: SessionId, *, reason: str, detail: str | None
+    ) -> bool:
+        """Close a session for its client. The first ending wins.
+
+        Returns:
+            Whether this call ended it.
+        """
+        record = self._active.get(session)
+        if record is None or record.tenant_id != tenant.id:
+            if await self._store.sessions.get(tenant.id, session) is None:
+                raise NotFound(f"There is no session {session!r}.")
+            return False
+        await self._end(record, SessionEvent.FINISH, reason, detail)
+        return True
+
+    async def expire(self, timeout_s: float) -> list[SessionId]:
+        """End the sessions that were not heard of for ``timeout_s``."""
+        limit_s = time.monotonic() - timeout_s
+        late = [record for id_, record in self._active.items() if self._seen_s[id_] < limit_s]
+        for record in late:
+            await self._end(record, SessionEvent.EXPIRE, "expired", None)
+        return [record.id for record in late]
+
+    async def flush(self) -> None:
+        """Write down who was heard of since the last call."""
+        touched, self._touched = self._touched, set()
+        if touched:
+            await self._store.sessions.touch(touched, utc_now())
+
+    async def info(self, tenant: Tenant, session: SessionId) -> SessionInfo:
+        """A session with what was made in it."""
+        record = await self._store.sessions.get(tenant.id, session)
+        if record is None:
+            raise NotFound(f"There is no session {session!r}.")
+        runs = await self._store.runs.in_session(session)
+        samplers = await self._store.samplers.in_session(session)
+        return SessionInfo(
+            session=session,
+            runs=tuple(run.id for run in runs),
+            samplers=tuple(sampler.id for sampler in samplers),
+            created_at=record.created_at,
+            user_metadata=record.user_metadata,
+            display_name=record.display_name,
+        )
+
+    async def page(self, tenant: Tenant, limit: int, offset: int) -> Page[SessionId]:
+        """A tenant's sessions, newest first."""
+        records, total = await self._store.sessions.page(tenant.id, limit, offset)
+        ids = tuple(record.id for record in records)
+        return Page(items=ids, total=total, limit=limit, offset=offset)
+
+    def _remember(self, record: SessionRecord) -> None:
+        self._active[record.id] = record
+        self._seen_s[record.id] = time.monotonic()
+
+    async def _end(
+        self, record: SessionRecord, event: SessionEvent, reason: str, detail: str | None
+    ) -> None:
+        state = move(SESSION, record.state, event)
+        del self._active[record.id]
+        del self._seen_s[record.id]
+        now = utc_now()
+        await self._store.sessions.end(record.id, state, reason=reason, detail=detail, when=now)
+        ended = replace(record, ended_at=now, end_reason=reason)
+        log.info("session_ended", session=ended.id, reason=reason)

@@ -1,0 +1,136 @@
+"""Results to come. Completion wakes whoever waits in this process; nothing polls a table.
+
+Finished outcomes stay in memory up to a bound, since most are fetched at once; older ones are
+read from the store.
+"""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import structlog
+
+from twinkle_dask import packing
+from twinkle_dask.clock import utc_now
+from twinkle_dask.cluster.commands import Failure
+from twinkle_dask.errors import NotFound, TwinkleDaskError
+from twinkle_dask.operations.values import Done, Failed, Outcome, Result, Waiting
+from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.store.records import OperationRecord, OperationState
+from twinkle_dask.store.store import Store
+from twinkle_dask.types import TenantId, TicketId
+
+log = structlog.stdlib.get_logger(__name__)
+
+_KEEP_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True)
+class _Entry:
+    tenant: TenantId
+    future: "asyncio.Future[Outcome]"
+    num_bytes: int = 0
+
+
+class TicketBoard:
+    """All tickets that are pending, and the newest of those that are not."""
+
+    def __init__(self, store: Store, blobs: BlobStore) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._pending: dict[TicketId, _Entry] = {}
+        self._finished: OrderedDict[TicketId, _Entry] = OrderedDict()
+        self._finished_bytes = 0
+        self._delivered: set[TicketId] = set()
+
+    @property
+    def num_pending(self) -> int:
+        """Tickets that have no outcome yet."""
+        return len(self._pending)
+
+    def open(self, tenant: TenantId, ticket: TicketId) -> None:
+        """A new ticket, or one found pending in the journal."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._pending[ticket] = _Entry(tenant=tenant, future=future)
+
+    async def finish(self, ticket: TicketId, result: bytes) -> None:
+        """Make a packed result durable, then wake whoever waits.
+
+        Raises:
+            StorageFailed: The result could not be stored; the ticket stays pending.
+        """
+        path = f"results/{ticket}"
+        await asyncio.to_thread(self._blobs.put, path, result)
+        await self._store.journal.finish(
+            ticket, result_path=path, result_bytes=len(result), when=utc_now()
+        )
+        self._settle(ticket, Done(result=packing.unpack(result)), len(result))
+
+    async def fail(self, ticket: TicketId, error: TwinkleDaskError) -> None:
+        """Make a failure durable, then wake whoever waits."""
+        failure = Failure.of(error)
+        await self._store.journal.fail(
+            ticket, kind=failure.kind, message=failure.message, when=utc_now()
+        )
+        self._settle(ticket, Failed(error=error), 0)
+
+    async def wait(self, tenant: TenantId, ticket: TicketId, timeout_s: float) -> Outcome:
+        """The outcome, or ``Waiting`` once the time is over.
+
+        Raises:
+            NotFound: No such ticket of this tenant.
+        """
+        entry = self._pending.get(ticket) or self._finished.get(ticket)
+        if entry is None:
+            return await self._stored(tenant, ticket)
+        if entry.tenant != tenant:
+            raise _unknown(ticket)
+        try:
+            outcome = await asyncio.wait_for(asyncio.shield(entry.future), timeout_s)
+        except TimeoutError:
+            return Waiting()
+        self._delivered.add(ticket)
+        return outcome
+
+    def take_delivered(self) -> set[TicketId]:
+        """Tickets whose outcome was handed out since the last call."""
+        delivered, self._delivered = self._delivered, set()
+        return delivered
+
+    def _settle(self, ticket: TicketId, outcome: Outcome, num_bytes: int) -> None:
+        entry = self._pending.pop(ticket, None)
+        if entry is None:
+            return
+        if not entry.future.done():
+            entry.future.set_result(outcome)
+        entry.num_bytes = num_bytes
+        self._finished[ticket] = entry
+        self._finished_bytes += num_bytes
+        while self._finished_bytes > _KEEP_BYTES or len(self._finished) > 10_000:
+            _, old = self._finished.popitem(last=False)
+            self._finished_bytes -= old.num_bytes
+
+    async def _stored(self, tenant: TenantId, ticket: TicketId) -> Outcome:
+        record = await self._store.journal.get(tenant, ticket)
+        if record is None:
+            raise _unknown(ticket)
+        self._delivered.add(ticket)
+        return await self._read(record)
+
+    async def _read(self, record: OperationRecord) -> Outcome:
+        match record.state:
+            case OperationState.DONE if record.result_path is not None:
+                stored = await asyncio.to_thread(self._blobs.get, record.result_path)
+                result: Result = packing.unpack(stored)
+                return Done(result=result)
+            case OperationState.FAILED:
+                failure = Failure(
+                    kind=record.error_kind or "ServiceFault", message=record.error_message or ""
+                )
+                return Failed(error=failure.error())
+            case _:
+                return Waiting()
+
+
+def _unknown(ticket: TicketId) -> NotFound:
+    return NotFound(f"There is no request {ticket!r}; results are kept for a limited time.")

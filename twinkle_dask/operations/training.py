@@ -1,0 +1,174 @@
+"""What a tenant does to a run: one function per operation, all through ``Runs.submit``."""
+
+import secrets
+
+from twinkle_dask.errors import InvalidRequest, NotFound
+from twinkle_dask.operations import validation
+from twinkle_dask.operations.catalogue import Catalogue
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.lanes import Lane
+from twinkle_dask.operations.requests import (
+    LaneRequest,
+    LoadState,
+    SaveForSampler,
+    SaveState,
+)
+from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.values import CheckpointAddress, ServedModel, Tenant, Ticket
+from twinkle_dask.store.records import CheckpointKind
+from twinkle_dask.store.store import Store
+from twinkle_dask.types import (
+    AdamParams,
+    ForwardBackward,
+    Json,
+    OptimStep,
+    RunId,
+    SamplerId,
+)
+
+
+class Training:
+    """Operations on runs. Each gives a ticket at once; the work is done in ``seq`` order."""
+
+    def __init__(
+        self, runs: Runs, store: Store, checkpoints: Checkpoints, catalogue: Catalogue
+    ) -> None:
+        self._runs = runs
+        self._store = store
+        self._checkpoints = checkpoints
+        self._catalogue = catalogue
+
+    async def forward_backward(
+        self, tenant: Tenant, run: RunId, *, seq: int | None, batch: ForwardBackward
+    ) -> Ticket:
+        """Add the gradient of a batch, or evaluate it."""
+
+        def make(_lane: Lane, model: ServedModel) -> LaneRequest:
+            return validation.batch(batch, model)
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def optim_step(
+        self, tenant: Tenant, run: RunId, *, seq: int | None, adam: AdamParams
+    ) -> Ticket:
+        """Spend the gradient of everything with a smaller ``seq``."""
+
+        def make(_lane: Lane, _model: ServedModel) -> LaneRequest:
+            return OptimStep(adam=validation.adam(adam))
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def save_state(
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        name: str,
+        overwrite: bool,
+        ttl_s: int | None,
+        user_metadata: Json,
+    ) -> Ticket:
+        """Save weights and optimizer under a name."""
+        taken = not overwrite and await self._is_taken(tenant, run, CheckpointKind.TRAINING, name)
+
+        def make(lane: Lane, _model: ServedModel) -> LaneRequest:
+            _name_is_free(name, taken)
+            validation.metadata(user_metadata, "A checkpoint's")
+            checkpoint = secrets.token_hex(16)
+            return SaveState(
+                name=validation.checkpoint_name(name),
+                overwrite=overwrite,
+                ttl_s=validation.ttl(ttl_s),
+                user_metadata=user_metadata,
+                checkpoint_id=checkpoint,
+                folder=f"checkpoints/{lane.run.id}/weights-{checkpoint}",
+            )
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def save_for_sampler(
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        name: str | None,
+        sampler_seq: int | None,
+        ttl_s: int | None,
+        user_metadata: Json,
+    ) -> Ticket:
+        """Freeze the weights at this place for sampling: under a name, or as a new sampler."""
+        taken = name is not None and await self._is_taken(tenant, run, CheckpointKind.SAMPLER, name)
+
+        def make(lane: Lane, _model: ServedModel) -> LaneRequest:
+            if (name is None) == (sampler_seq is None):
+                raise InvalidRequest("Give either a path or a sampling_session_seq_id.")
+            if name is not None:
+                _name_is_free(name, taken)
+                validation.checkpoint_name(name)
+            validation.metadata(user_metadata, "A checkpoint's")
+            sampler = None
+            if sampler_seq is not None:
+                sampler = SamplerId(f"{lane.run.session_id}:sample:{sampler_seq}")
+            checkpoint = secrets.token_hex(16)
+            return SaveForSampler(
+                name=name,
+                sampler=sampler,
+                sampler_seq=sampler_seq,
+                ttl_s=validation.ttl(ttl_s),
+                user_metadata=user_metadata,
+                checkpoint_id=checkpoint,
+                folder=f"checkpoints/{lane.run.id}/sampler-{checkpoint}",
+            )
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def load_state(
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        address: CheckpointAddress,
+        with_optimizer: bool,
+    ) -> Ticket:
+        """Set a run to where a checkpoint of the same base model and LoRA shape stands."""
+        lane = await self._runs.lane(tenant, run)
+        try:
+            record = await self._checkpoints.find(tenant.id, address)
+        except NotFound:
+            if seq:
+                lane.refuse(seq)
+            raise
+
+        def make(lane: Lane, _model: ServedModel) -> LaneRequest:
+            if not self._catalogue.same_base(lane.run.base_model, record.base_model):
+                raise NotFound(
+                    f"There is no such checkpoint for a run of {lane.run.base_model!r}; it "
+                    "belongs to another base model."
+                )
+            theirs, ours = record.spec, lane.run.spec
+            if (theirs.rank, theirs.train_attn, theirs.train_mlp, theirs.train_unembed) != (
+                (ours.rank, ours.train_attn, ours.train_mlp, ours.train_unembed)
+            ):
+                raise InvalidRequest(
+                    f"The checkpoint has rank {theirs.rank} and other targets than this run of "
+                    f"rank {ours.rank}; create a new run from the checkpoint."
+                )
+            if with_optimizer and not record.has_optimizer:
+                raise InvalidRequest(f"Checkpoint {address.name!r} has no optimizer state.")
+            return LoadState(address=address, folder=record.path, with_optimizer=with_optimizer)
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def _is_taken(self, tenant: Tenant, run: RunId, kind: CheckpointKind, name: str) -> bool:
+        return await self._store.checkpoints.get(tenant.id, run, kind, name) is not None
+
+
+def _name_is_free(name: str, taken: bool) -> None:
+    if taken:
+        raise InvalidRequest(
+            f"A checkpoint {name!r} of this run exists already; choose another name or "
+            "overwrite it."
+        )

@@ -1,0 +1,175 @@
+"""Every check of a tenant's values, made before anything is stored or sent.
+
+Each function returns what it was given or raises ``InvalidRequest`` with what is wrong, where,
+and what would be right.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from twinkle_dask.config import LimitConfig
+from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.losses import LOSSES
+from twinkle_dask.operations.values import LoraRequest, ServedModel
+from twinkle_dask.types import AdamParams, Datum, ForwardBackward, Int32Array, SampleRequest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MAX_NAME_LENGTH = 128
+MIN_TTL_S = 3600
+MAX_TTL_S = 10 * 365 * 86400
+
+
+def checkpoint_name(name: str) -> str:
+    """A checkpoint's name is one safe segment of a path."""
+    if not name:
+        raise InvalidRequest("A checkpoint name must not be empty.")
+    if len(name) > MAX_NAME_LENGTH:
+        raise InvalidRequest(
+            f"A checkpoint name may have {MAX_NAME_LENGTH} characters, not {len(name)}."
+        )
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise InvalidRequest(
+            f"Checkpoint name {name!r} is not usable: letters, digits, '.', '_' and '-' are "
+            "allowed, it starts with a letter or digit, and '..' does not occur."
+        )
+    return name
+
+
+def ttl(ttl_s: int | None) -> int | None:
+    """A lifetime in seconds, from an hour to ten years; None is for ever."""
+    if ttl_s is not None and not MIN_TTL_S <= ttl_s <= MAX_TTL_S:
+        raise InvalidRequest(f"ttl_seconds must be from {MIN_TTL_S} to {MAX_TTL_S}, not {ttl_s}.")
+    return ttl_s
+
+
+def lora(request: LoraRequest, model: ServedModel) -> LoraRequest:
+    """Rank within the limit, and something to train."""
+    limit = model.facts.max_rank
+    if not 1 <= request.rank <= limit:
+        raise InvalidRequest(f"LoRA rank must be from 1 to {limit}, not {request.rank}.")
+    if not (request.train_attn or request.train_mlp or request.train_unembed):
+        raise InvalidRequest("Train at least one of train_attn, train_mlp and train_unembed.")
+    if request.seed is not None and not -(2**63) <= request.seed < 2**63:
+        raise InvalidRequest("A LoRA seed must fit in 64 bits.")
+    return request
+
+
+def batch(request: ForwardBackward, model: ServedModel) -> ForwardBackward:
+    """Tokens, targets and loss inputs of every datum."""
+    if not request.data:
+        raise InvalidRequest("The batch is empty; send at least one datum.")
+    for index, datum in enumerate(request.data):
+        _datum(datum, request, model, f"Datum {index}")
+    return request
+
+
+def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: str) -> None:
+    _tokens(datum.tokens, model, where)
+    length = len(datum.tokens)
+    terms = LOSSES[request.loss.name]
+    targets = datum.target_tokens
+    if targets.ndim not in {1, 2} or len(targets) != length:
+        raise InvalidRequest(
+            f"{where}: target_tokens has shape {targets.shape} but there are {length} tokens; "
+            "position i of the input predicts target i, so the lengths must agree."
+        )
+    if targets.ndim == 2 and not terms.many_targets:
+        raise InvalidRequest(f"{where}: loss {request.loss.name!r} takes one target a position.")
+    if targets.size == 0:
+        raise InvalidRequest(f"{where}: target_tokens is empty.")
+    _in_vocabulary(targets, model, f"{where}: target_tokens")
+    names = datum.loss_inputs.keys()
+    if missing := sorted(terms.required - names):
+        raise InvalidRequest(f"{where}: loss {request.loss.name!r} needs {missing[0]!r}.")
+    if unknown := sorted(names - terms.required - terms.optional):
+        known = ", ".join(sorted({"target_tokens", *terms.required, *terms.optional}))
+        raise InvalidRequest(
+            f"{where}: loss {request.loss.name!r} has no input {unknown[0]!r}; it takes: {known}."
+        )
+    for name, values in datum.loss_inputs.items():
+        if values.shape != targets.shape:
+            raise InvalidRequest(
+                f"{where}: {name!r} has shape {values.shape}, target_tokens {targets.shape}; "
+                "they must agree."
+            )
+        if not np.isfinite(values).all():
+            raise InvalidRequest(f"{where}: {name!r} has values that are NaN or infinite.")
+
+
+def _tokens(tokens: Int32Array, model: ServedModel, where: str) -> None:
+    if tokens.ndim != 1 or len(tokens) == 0:
+        raise InvalidRequest(f"{where} has no tokens.")
+    if len(tokens) > model.facts.context_length:
+        raise InvalidRequest(
+            f"{where} has {len(tokens)} tokens, but the context of {model.name!r} holds "
+            f"{model.facts.context_length}."
+        )
+    _in_vocabulary(tokens, model, where)
+
+
+def _in_vocabulary(tokens: np.ndarray, model: ServedModel, where: str) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.facts.vocab_size:
+        bad = low if low < 0 else high
+        raise InvalidRequest(
+            f"{where} has token {bad}, but the vocabulary of {model.name!r} runs from 0 to "
+            f"{model.facts.vocab_size - 1}."
+        )
+
+
+def adam(params: AdamParams) -> AdamParams:
+    """Settings of a step that AdamW is defined for."""
+    values = {
+        "learning_rate": (params.learning_rate, 0.0, math.inf),
+        "beta1": (params.beta1, 0.0, 1.0),
+        "beta2": (params.beta2, 0.0, 1.0),
+        "eps": (params.eps, 0.0, math.inf),
+        "weight_decay": (params.weight_decay, 0.0, math.inf),
+    }
+    for name, (value, low, high) in values.items():
+        if not low <= value < high:
+            raise InvalidRequest(f"{name} must be at least {low} and below {high}, not {value}.")
+    if math.isnan(params.grad_clip_norm) or math.isinf(params.grad_clip_norm):
+        raise InvalidRequest("grad_clip_norm must be finite; 0 means no clipping.")
+    return params
+
+
+def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> SampleRequest:
+    """Prompt and drawing parameters."""
+    _tokens(request.prompt, model, "The prompt")
+    if not 1 <= request.num_samples <= limits.max_samples:
+        raise InvalidRequest(
+            f"num_samples must be from 1 to {limits.max_samples}, not {request.num_samples}."
+        )
+    params = request.params
+    room = model.facts.context_length - len(request.prompt)
+    if room < 1:
+        raise InvalidRequest(
+            f"The prompt of {len(request.prompt)} tokens fills the context of {model.name!r} "
+            f"({model.facts.context_length}); leave room for at least one more token."
+        )
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, not {params.max_tokens}.")
+    if not 0 <= params.temperature < math.inf:
+        raise InvalidRequest(f"temperature must be at least 0, not {params.temperature}.")
+    if params.top_k != -1 and params.top_k < 1:
+        raise InvalidRequest(f"top_k must be -1 (all) or at least 1, not {params.top_k}.")
+    if not 0 < params.top_p <= 1:
+        raise InvalidRequest(f"top_p must be above 0 and at most 1, not {params.top_p}.")
+    if any(not text for text in params.stop.strings):
+        raise InvalidRequest("A stop string must not be empty.")
+    if params.stop.strings and not model.facts.has_tokenizer:
+        raise InvalidRequest(f"{model.name!r} has no tokenizer here; give stop token ids instead.")
+    if params.stop.tokens:
+        _in_vocabulary(np.asarray(params.stop.tokens), model, "stop")
+    return request
+
+
+def metadata(values: Mapping[str, object], what: str) -> None:
+    """User metadata small enough to list."""
+    size = sum(len(str(key)) + len(str(value)) for key, value in values.items())
+    if size > 64 * 1024:
+        raise InvalidRequest(f"{what} metadata may have 64 KiB of text, not {size} characters.")

@@ -1,0 +1,220 @@
+"""What faces hand in and get back. Core ids and words only; each face has a codec."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Generic, TypeAlias, TypeVar
+
+from twinkle_dask import packing
+from twinkle_dask.errors import TwinkleDaskError
+from twinkle_dask.store.records import CheckpointKind
+from twinkle_dask.types import (
+    ForwardBackwardResult,
+    Json,
+    LoraSpec,
+    ModelFacts,
+    RunId,
+    SampleResult,
+    SamplerId,
+    SessionId,
+    StepResult,
+    TenantId,
+    TicketId,
+)
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """Who asks. ``key_hint`` is the end of the key, for lists and logs."""
+
+    id: TenantId
+    name: str
+    key_hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A name that tenants may ask for; ``tokenizer_id`` is what clients should load."""
+
+    name: str
+    source: str
+    facts: ModelFacts
+    tokenizer_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRequest:
+    """What a tenant asks of an adapter; without a seed one is drawn."""
+
+    rank: int
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointAddress:
+    """A checkpoint by its run, kind and name; faces write it as a URI of their own."""
+
+    run: RunId
+    kind: CheckpointKind
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCreated:
+    """A run is ready for work."""
+
+    run: RunId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A training checkpoint is durable."""
+
+    address: CheckpointAddress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSaved:
+    """Sampler weights are durable: under an address, or as a sampler of their own."""
+
+    address: CheckpointAddress | None = None
+    sampler: SamplerId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A run stands where a checkpoint stood."""
+
+    run: RunId
+    address: CheckpointAddress
+
+
+Result: TypeAlias = (
+    RunCreated | ForwardBackwardResult | StepResult | Saved | SamplerSaved | Loaded | SampleResult
+)
+
+
+class TicketKind(StrEnum):
+    """What a ticket's operation does; the journal's word for it."""
+
+    CREATE_RUN = "create_run"
+    FORWARD_BACKWARD = "forward_backward"
+    OPTIM_STEP = "optim_step"
+    SAVE_STATE = "save_state"
+    LOAD_STATE = "load_state"
+    SAVE_FOR_SAMPLER = "save_for_sampler"
+    SAMPLE = "sample"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """A result to come. ``sequence_ids`` names a sample's sequences, in result order."""
+
+    id: TicketId
+    kind: TicketKind
+    run: RunId | None = None
+    sequence_ids: tuple[str, ...] = ()
+
+
+class QueueState(StrEnum):
+    """Why a result is not there yet."""
+
+    ACTIVE = "active"
+    PAUSED_CAPACITY = "paused_capacity"
+    PAUSED_RATE_LIMIT = "paused_rate_limit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The operation succeeded."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The operation failed and changed nothing."""
+
+    error: TwinkleDaskError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Not yet; ask again."""
+
+    queue_state: QueueState = QueueState.ACTIVE
+    reason: str | None = None
+
+
+Outcome: TypeAlias = Done | Failed | Waiting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """A saved checkpoint as its owner sees it."""
+
+    address: CheckpointAddress
+    base_model: str
+    spec: LoraSpec
+    created_at: datetime
+    expires_at: datetime | None
+    size_bytes: int
+    public: bool
+    user_metadata: Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """A run as its owner sees it. ``owner`` names the tenant, never its key."""
+
+    run: RunId
+    session: SessionId
+    base_model: str
+    spec: LoraSpec
+    tokenizer_id: str
+    architecture: str
+    user_metadata: Json
+    created_at: datetime
+    last_request_at: datetime
+    owner: str
+    last_checkpoint: CheckpointInfo | None = None
+    last_sampler_checkpoint: CheckpointInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerInfo:
+    """A sampler: the base model, and the saved weights it samples with, if they have a name."""
+
+    sampler: SamplerId
+    base_model: str
+    address: CheckpointAddress | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """A session with what was made in it."""
+
+    session: SessionId
+    runs: tuple[RunId, ...]
+    samplers: tuple[SamplerId, ...]
+    created_at: datetime
+    user_metadata: Json = field(default_factory=Json)
+    display_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[Item]):
+    """Part of a list, and how long the list is."""
+
+    items: tuple[Item, ...]
+    total: int
+    limit: int
+    offset: int
+
+
+packing.register(CheckpointAddress, CheckpointKind, Loaded, RunCreated, Saved, SamplerSaved)

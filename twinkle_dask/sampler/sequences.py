@@ -1,0 +1,152 @@
+"""The life of a request: its samples as sequences, and prefills that they wait for."""
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from twinkle_dask.model.lora import BatchPlan, LoraTensors, Segment
+from twinkle_dask.sampler.drawing import Uniforms
+from twinkle_dask.sampler.fairness import Account
+from twinkle_dask.sampler.interface import SampleWork
+from twinkle_dask.sampler.kv_cache import SlotCache
+from twinkle_dask.sampler.stopping import StopRule
+from twinkle_dask.types import (
+    Float32Array,
+    SampledSequence,
+    SampleResult,
+    SamplingParams,
+    StopReason,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request.
+
+    Attributes:
+        index: Its place among the request's samples.
+        tokens: Generated so far. The last one is in no cache yet.
+    """
+
+    request: "Request"
+    index: int
+    uniforms: Uniforms
+    stop: StopRule
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    stop_reason: StopReason | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        """How to draw."""
+        return self.request.work.request.params
+
+    @property
+    def adapter(self) -> LoraTensors | None:
+        """What it wears."""
+        return self.request.adapter
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Larger is younger."""
+        return self.request.age, self.index
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values a running sequence keeps: all but the last."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    def add(self, token: int, logprob: float) -> bool:
+        """Append a token; whether the sequence goes on."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.stop_reason = self.stop.after(token)
+        return self.stop_reason is None
+
+    def sampled(self) -> SampledSequence:
+        """The finished sequence as a value."""
+        if self.stop_reason is None:
+            raise ValueError("the sequence has not ended")
+        return SampledSequence(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            stop_reason=self.stop_reason,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A submitted request.
+
+    Attributes:
+        age: Larger is younger.
+        prompt_logprobs: Filled in by the prefill; None if not asked for.
+        unfinished: How many of the sequences go on.
+    """
+
+    work: SampleWork
+    age: int
+    account: "JobAccount"
+    adapter: LoraTensors | None
+    prompt: list[int]
+    prompt_logprobs: Float32Array | None
+    sequences: list[Sequence] = field(default_factory=list[Sequence])
+    unfinished: int = 0
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The adapter for a pass of one row."""
+        return plan_of([self.adapter])
+
+    def result(self) -> SampleResult:
+        """The finished request as a value."""
+        return SampleResult(
+            sequences=tuple(sequence.sampled() for sequence in self.sequences),
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A prefill: tokens whose keys and values some sequences of one request need to go on.
+
+    For a fresh request that is its prompt, shared by all samples; for a sequence that lost its
+    slot it is the prompt and what it has generated, so it goes on where it was.
+
+    Attributes:
+        sequences: Those that have no slot yet.
+        cache: Where the prefill stands, with its row; None before it has begun.
+        done: How many of the tokens are in the cache.
+        scores: Where to write the tokens' logprobs; None if they are not wanted.
+        alone: It failed in company, so it must run by itself to show whose fault that was.
+    """
+
+    request: Request
+    tokens: list[int]
+    sequences: list[Sequence]
+    cache: SlotCache | None = None
+    row: int = 0
+    done: int = 0
+    scores: Float32Array | None = None
+    alone: bool = False
+
+    @property
+    def needs_row(self) -> bool:
+        """Whether any sequence goes on after the token that the prefill gives."""
+        return any(sequence.stop.tokens_left > 1 for sequence in self.sequences)
+
+
+JobAccount: TypeAlias = Account[Job]
+
+
+def plan_of(adapters: list[LoraTensors | None]) -> BatchPlan:
+    """The plan for rows that wear these adapters; rows of one adapter must be neighbours."""
+    segments: list[Segment] = []
+    start = 0
+    for row in range(1, len(adapters) + 1):
+        if row == len(adapters) or adapters[row] is not adapters[start]:
+            if (adapter := adapters[start]) is not None:
+                segments.append(Segment(rows=slice(start, row), adapter=adapter))
+            start = row
+    return BatchPlan(tuple(segments))

@@ -1,0 +1,1 @@
+"""Durable things: blobs (files in a folder or an object store) and records (SQL)."""

@@ -1,0 +1,186 @@
+"""The journal: every acknowledged operation until neither its client nor a replay needs it."""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, union_all, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from twinkle_dask.store.database import Database
+from twinkle_dask.store.records import OperationRecord, OperationState
+from twinkle_dask.store.rows import from_row
+from twinkle_dask.store.runs import LIVE
+from twinkle_dask.store.tables import operations as t
+from twinkle_dask.store.tables import runs
+from twinkle_dask.types import RunId, SamplerId, TenantId, TicketId
+
+
+class DuplicateOperation(Exception):
+    """The place in the order (or the ticket) is taken; not an error of the tenant.
+
+    Attributes:
+        stored: The operation that holds it.
+    """
+
+    def __init__(self, stored: OperationRecord) -> None:
+        super().__init__(stored)
+        self.stored = stored
+
+
+class Journal:
+    """The operations of all tenants."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, operation: OperationRecord) -> None:
+        """Store an operation; when this returns it survives the death of any process.
+
+        Raises:
+            DuplicateOperation: Its (run, seq), (sampler, seq) or ticket is there already.
+        """
+
+        def same() -> ColumnElement[bool]:
+            ticket = t.c.ticket_id == operation.ticket_id
+            owners = ((t.c.run_id, operation.run_id), (t.c.sampler_id, operation.sampler_id))
+            places = (
+                and_(column == owner, t.c.seq == operation.seq)
+                for column, owner in owners
+                if owner is not None and operation.seq is not None  # NULLs are never the same
+            )
+            return or_(ticket, *places)
+
+        stored = await self._database.insert(t, operation, same)
+        if stored != operation:  # equal: our own, from a commit whose answer was lost
+            raise DuplicateOperation(stored)
+
+    async def finish(
+        self, ticket: TicketId, *, result_path: str | None, result_bytes: int, when: datetime
+    ) -> bool:
+        """Record a result; False if the operation was not pending (the first outcome stands)."""
+        return await self._settle(
+            ticket,
+            state=OperationState.DONE,
+            result_path=result_path,
+            result_bytes=result_bytes,
+            finished_at=when,
+        )
+
+    async def fail(self, ticket: TicketId, *, kind: str, message: str, when: datetime) -> bool:
+        """Record a failure; False if the operation was not pending (the first outcome stands)."""
+        return await self._settle(
+            ticket,
+            state=OperationState.FAILED,
+            error_kind=kind,
+            error_message=message,
+            finished_at=when,
+        )
+
+    async def delivered(self, tickets: Iterable[TicketId], when: datetime) -> None:
+        """Note, in one write, that clients were given the outcomes of these tickets."""
+        await self._database.change_named(
+            update(t).values(delivered_at=when), t.c.ticket_id, tickets
+        )
+
+    async def get(self, tenant: TenantId, ticket: TicketId) -> OperationRecord | None:
+        """The tenant's operation; None if there is none or it is another tenant's."""
+        return await self._database.one(
+            OperationRecord, select(t).where(t.c.ticket_id == ticket, t.c.tenant_id == tenant)
+        )
+
+    async def at(self, run: RunId, seq: int) -> OperationRecord | None:
+        """The operation at a place of a run's order."""
+        return await self._database.one(
+            OperationRecord, select(t).where(t.c.run_id == run, t.c.seq == seq)
+        )
+
+    async def at_sampler(self, sampler: SamplerId, seq: int) -> OperationRecord | None:
+        """The operation that a sampler was asked for under a number."""
+        return await self._database.one(
+            OperationRecord, select(t).where(t.c.sampler_id == sampler, t.c.seq == seq)
+        )
+
+    async def first_pending_seq(self, run: RunId) -> int | None:
+        """The lowest place of a run whose operation has no outcome; None if there is none."""
+        pending = and_(t.c.run_id == run, t.c.state == OperationState.PENDING)
+        return await self._database.scalar(select(func.min(t.c.seq)).where(pending))
+
+    async def pending(self) -> tuple[OperationRecord, ...]:
+        """Every pending operation: run by run in ``seq`` order, then those of no run by age."""
+        query = (
+            select(t)
+            .where(t.c.state == OperationState.PENDING)
+            .order_by(t.c.run_id.nulls_last(), t.c.seq.nulls_last(), t.c.created_at, t.c.ticket_id)
+        )
+        return await self._database.all(OperationRecord, query)
+
+    async def for_run(self, run: RunId, *, after_seq: int) -> tuple[OperationRecord, ...]:
+        """What a replay goes through: the run's operations with a larger ``seq``, in order.
+
+        Finished and failed ones are among them; those without a ``seq`` are not.
+        """
+        query = select(t).where(t.c.run_id == run, t.c.seq > after_seq).order_by(t.c.seq)
+        return await self._database.all(OperationRecord, query)
+
+    async def last_finished_seq(self, run: RunId) -> int:
+        """The largest ``seq`` of the run that is done, failed or in its snapshot; -1 if none."""
+        finished = and_(t.c.run_id == run, t.c.state != OperationState.PENDING)
+        snapshot = and_(runs.c.id == run, runs.c.snapshot_path.is_not(None))
+        seqs = union_all(
+            select(t.c.seq).where(finished), select(runs.c.snapshot_seq).where(snapshot)
+        ).subquery()
+        return await self._database.scalar(select(func.coalesce(func.max(seqs.c.seq), -1)))
+
+    async def prune(
+        self, *, delivered_before: datetime, finished_before: datetime, limit: int = 1000
+    ) -> tuple[OperationRecord, ...]:
+        """Remove finished operations that are delivered, or old enough to give up on their client.
+
+        Operations that a live run's snapshot does not contain stay: a replay needs them.
+
+        Returns:
+            What was removed, so that payload and result blobs can go too. At most ``limit``, to
+            keep the transaction short; fewer means that nothing is left to remove.
+        """
+        after_snapshot = or_(runs.c.snapshot_path.is_(None), t.c.seq > runs.c.snapshot_seq)
+        replayable = exists().where(
+            runs.c.id == t.c.run_id, runs.c.state.in_(LIVE), t.c.seq.is_not(None), after_snapshot
+        )
+        done_with = and_(
+            t.c.state != OperationState.PENDING,
+            or_(t.c.delivered_at < delivered_before, t.c.finished_at < finished_before),
+            ~replayable,
+        )
+        some = select(t.c.ticket_id).where(done_with).limit(limit)
+
+        async def work(connection: AsyncConnection) -> tuple[OperationRecord, ...]:
+            gone = await connection.execute(delete(t).where(t.c.ticket_id.in_(some)).returning(t))
+            return tuple(from_row(OperationRecord, row) for row in gone.mappings())
+
+        return await self._database.write(work)
+
+    async def prune_replayed(self, run: RunId, *, up_to_seq: int) -> tuple[str, ...]:
+        """Forget the payloads that the run's snapshot has made needless.
+
+        Returns:
+            Their blob paths, to be removed.
+        """
+        needless = and_(
+            t.c.run_id == run,
+            t.c.seq <= up_to_seq,
+            t.c.payload_path.is_not(None),
+            t.c.state != OperationState.PENDING,
+        )
+
+        async def work(connection: AsyncConnection) -> tuple[str, ...]:
+            paths = (await connection.scalars(select(t.c.payload_path).where(needless))).all()
+            await connection.execute(
+                update(t).where(needless).values(payload_path=None, payload_bytes=0)
+            )
+            return tuple(paths)
+
+        return await self._database.write(work)
+
+    async def _settle(self, ticket: TicketId, **outcome: object) -> bool:
+        pending = and_(t.c.ticket_id == ticket, t.c.state == OperationState.PENDING)
+        return await self._database.change(update(t).where(pending).values(outcome)) == 1

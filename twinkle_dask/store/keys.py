@@ -1,0 +1,26 @@
+"""API keys, by their hash."""
+
+from sqlalchemy import select
+
+from twinkle_dask.store.database import Database
+from twinkle_dask.store.records import TenantKey
+from twinkle_dask.store.tables import tenant_keys as t
+
+
+class Keys:
+    """Which hashes belong to which tenants."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, key: TenantKey) -> TenantKey:
+        """Store a key and return what is stored: for a known hash the earlier record."""
+        return await self._database.insert(t, key, lambda: t.c.key_hash == key.key_hash)
+
+    async def by_hash(self, key_hash: str) -> TenantKey | None:
+        """The key with this hash."""
+        return await self._database.one(TenantKey, select(t).where(t.c.key_hash == key_hash))
+
+    async def all(self) -> tuple[TenantKey, ...]:
+        """Every key, oldest first."""
+        return await self._database.all(TenantKey, select(t).order_by(t.c.created_at, t.c.key_hash))

@@ -1,0 +1,47 @@
+"""Sampling sessions."""
+
+from sqlalchemy import ColumnElement, and_, or_, select
+
+from twinkle_dask.store.database import Database
+from twinkle_dask.store.records import SamplerRecord, SessionState
+from twinkle_dask.store.tables import samplers as t
+from twinkle_dask.store.tables import sessions
+from twinkle_dask.types import SamplerId, SessionId, TenantId
+
+
+class Samplers:
+    """The samplers of all tenants."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, sampler: SamplerRecord) -> SamplerRecord:
+        """Store a sampler and return what is stored: for a known (session, seq) the earlier one."""
+
+        def same() -> ColumnElement[bool]:
+            in_session = t.c.session_id == sampler.session_id
+            place = and_(in_session, t.c.sampler_seq == sampler.sampler_seq)
+            return or_(t.c.id == sampler.id, place)
+
+        return await self._database.insert(t, sampler, same)
+
+    async def get(self, tenant: TenantId, sampler: SamplerId) -> SamplerRecord | None:
+        """The tenant's sampler; None if there is none or it is another tenant's."""
+        return await self._database.one(
+            SamplerRecord, select(t).where(t.c.id == sampler, t.c.tenant_id == tenant)
+        )
+
+    async def live(self) -> tuple[SamplerRecord, ...]:
+        """Every sampler whose session is active, oldest first."""
+        query = (
+            select(t)
+            .join(sessions, sessions.c.id == t.c.session_id)
+            .where(sessions.c.state == SessionState.ACTIVE)
+            .order_by(t.c.created_at, t.c.id)
+        )
+        return await self._database.all(SamplerRecord, query)
+
+    async def in_session(self, session: SessionId) -> tuple[SamplerRecord, ...]:
+        """The session's samplers by ``sampler_seq``."""
+        query = select(t).where(t.c.session_id == session).order_by(t.c.sampler_seq)
+        return await self._database.all(SamplerRecord, query)

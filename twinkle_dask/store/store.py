@@ -1,0 +1,61 @@
+"""The durable records of the service, family by family."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinkle_dask.store.checkpoints import Checkpoints
+from twinkle_dask.store.database import Database
+from twinkle_dask.store.journal import Journal
+from twinkle_dask.store.keys import Keys
+from twinkle_dask.store.runs import Runs
+from twinkle_dask.store.samplers import Samplers
+from twinkle_dask.store.sessions import Sessions
+
+
+def sqlite_url(file: Path) -> str:
+    """The URL of a SQLite database in ``file``."""
+    return f"sqlite:///{file}"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Records in one database; every method of its parts returns only when its write is durable.
+
+    Writes of all callers go through one group-committing writer in the order of the calls, so
+    several may be awaited together at the price of about one. A store belongs to the event loop
+    that opened it.
+    """
+
+    keys: Keys
+    sessions: Sessions
+    runs: Runs
+    samplers: Samplers
+    journal: Journal
+    checkpoints: Checkpoints
+    _database: Database
+
+    @classmethod
+    async def open(cls, url: str) -> "Store":
+        """Connect and bring the schema up to date.
+
+        Args:
+            url: ``sqlite:///<file>`` (see ``sqlite_url``) or ``postgresql://user@host/database``.
+
+        Raises:
+            StartupError: The URL is unusable, or a newer version made the database.
+            StorageFailed: The database cannot be reached or written.
+        """
+        database = await Database.open(url)
+        return cls(
+            keys=Keys(database),
+            sessions=Sessions(database),
+            runs=Runs(database),
+            samplers=Samplers(database),
+            journal=Journal(database),
+            checkpoints=Checkpoints(database),
+            _database=database,
+        )
+
+    async def close(self) -> None:
+        """Finish the writes under way and close every connection. Repeating it is harmless."""
+        await self._database.close()

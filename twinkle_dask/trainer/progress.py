@@ -1,0 +1,66 @@
+"""What one open ForwardBackward has gathered so far."""
+
+from collections.abc import Sequence
+from math import isfinite
+
+from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.trainer.batch import Part
+from twinkle_dask.trainer.run import Run
+from twinkle_dask.trainer.work import Work
+from twinkle_dask.types import Float32Array, ForwardBackward, ForwardBackwardResult
+
+
+class Progress:
+    """Results of the rows that are done, and their gradient until the last one succeeded.
+
+    Throwing it away undoes the work: nothing reaches the run before ``finish``.
+    """
+
+    def __init__(self, work: Work, body: ForwardBackward, run: Run) -> None:
+        self.work = work
+        self.body = body
+        self.run = run
+        self.gradient = run.new_gradient() if body.backward else None
+        self._logprobs: dict[int, Float32Array] = {}
+        self._loss = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows are there."""
+        return len(self._logprobs) == len(self.body.data)
+
+    def part(self, rows: Sequence[int]) -> Part:
+        """These rows as a part of a pass."""
+        return Part(
+            adapter=self.run.adapter,
+            grads=None if self.gradient is None else self.gradient.views,
+            loss=self.body.loss,
+            data=[self.body.data[row] for row in rows],
+        )
+
+    def add(self, row: int, logprobs: Float32Array, loss: float) -> None:
+        """Note a row's results.
+
+        Raises:
+            InvalidRequest: The loss is not finite.
+        """
+        if not isfinite(loss):
+            raise InvalidRequest(
+                f"The loss of datum {row} is {loss}; nothing was added to the run. Look for "
+                "extreme values in its inputs, or a learning rate that made the weights diverge."
+            )
+        self._logprobs[row] = logprobs
+        self._loss += loss
+
+    def finish(self) -> ForwardBackwardResult:
+        """Add the gradient to the run and give the result.
+
+        Raises:
+            InvalidRequest: The gradient is not finite; nothing was added.
+        """
+        if self.gradient is not None:
+            self.run.add_gradient(self.gradient)
+        return ForwardBackwardResult(
+            logprobs=tuple(self._logprobs[row] for row in range(len(self.body.data))),
+            metrics={"loss:sum": self._loss, "tokens:sum": float(self.body.num_tokens)},
+        )
