@@ -70,9 +70,11 @@ async def serve_http(
 def _listen(config: GatewayConfig) -> socket.socket:
     where = f"{config.host}:{config.port}"
     try:
-        family, _, _, _, address = socket.getaddrinfo(
+        family, _, _, _, found = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        # getaddrinfo folds a port above 65535 into range; bind refuses it.
+        address = (found[0], config.port, *found[2:])
         # With the protocol named, asyncio sets TCP_NODELAY on what it accepts; without it, every
         # answer waits up to 40 ms for the acknowledgement of its headers.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

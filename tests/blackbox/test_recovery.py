@@ -49,13 +49,13 @@ def test_a_killed_worker_costs_time_but_no_work(model_folder: Path, tmp_path: Pa
         ) as service,
         tinker.ServiceClient(base_url=service.url, api_key=service.api_key) as client,
     ):
-        undisturbed = client.create_lora_training_client(MODEL, rank=4, seed=3)
+        undisturbed = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
         expected = losses_of(undisturbed, STEPS)
-        run = client.create_lora_training_client(MODEL, rank=4, seed=3)
+        run = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
         first = losses_of(run, STEPS // 2)
         probe = batch(seed=99)
         before = run.forward(probe, "cross_entropy")
-        sampler = run.save_weights_and_get_sampling_client()
+        sampler = run.save_weights_and_get_sampling_client().result()
         prompt = types.ModelInput.from_ints([20, 21, 22])
         params = types.SamplingParams(max_tokens=200, temperature=1.0, seed=5, stop=[])
         sample = sampler.sample(prompt, num_samples=2, sampling_params=params)
@@ -107,9 +107,9 @@ def test_a_killed_server_goes_on_where_it_was(model_folder: Path, tmp_path: Path
     port = free_port()
     with server(model_folder, tmp_path, port) as first:
         client = tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key=KEY)
-        undisturbed = client.create_lora_training_client(MODEL, rank=4, seed=3)
+        undisturbed = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
         expected = losses_of(undisturbed, 4)
-        run = client.create_lora_training_client(MODEL, rank=4, seed=3)
+        run = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
         assert losses_of(run, 2) == pytest.approx(expected[:2], rel=1e-6)
         # Acknowledged, gradient accumulated, not yet spent.
         third = run.forward_backward(batch(seed=2), "cross_entropy")

@@ -1,6 +1,7 @@
 """The stand-in takes what the real service takes."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("part", list(PARTS))
 def test_same_parameters(part: str) -> None:
-    for name, stand_in in vars(getattr(world, part)).items():
+    stand_ins: SimpleNamespace = getattr(world, part)
+    for name, stand_in in stand_ins.__dict__.items():
         real = getattr(PARTS[part], name)
         assert parameters(stand_in) == parameters(real), name
         assert inspect.iscoroutinefunction(stand_in) == inspect.iscoroutinefunction(real), name

@@ -87,9 +87,10 @@ async def test_a_port_in_use_is_named(world: InMemoryService) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
+        config = GatewayConfig(port=port)
+        app = create_app(world.service, config)
         with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*in use"):
-            async with serving(world, GatewayConfig(port=port)):
-                pass
+            await serve_http(app, config, started=lambda _: None, stop=asyncio.Event())
 
 
 @pytest.mark.parametrize(
@@ -98,10 +99,9 @@ async def test_a_port_in_use_is_named(world: InMemoryService) -> None:
 async def test_an_impossible_address_is_named(
     world: InMemoryService, config: GatewayConfig
 ) -> None:
-    stop = asyncio.Event()
     app = create_app(world.service, config)
     with pytest.raises(StartupError, match=f"{config.host}:{config.port}"):
-        await serve_http(app, config, started=lambda _: None, stop=stop)
+        await serve_http(app, config, started=lambda _: None, stop=asyncio.Event())
 
 
 def test_a_prefix_is_a_path() -> None:

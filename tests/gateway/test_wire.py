@@ -13,19 +13,20 @@ from twinkle_dask_gateway.tinker import wire
 from twinkle_dask_gateway.tinker.addresses import format_address, parse_address
 from twinkle_dask_gateway.tinker.reading import check
 
-SAMPLE = {
+Body = dict[str, Any]
+SAMPLE: Body = {
     "sampling_session_id": "s:sample:0",
     "prompt": {"chunks": [{"tokens": [1]}]},
     "sampling_params": {},
 }
-CREATE = {"session_id": "s", "model_seq_id": 0, "base_model": "m"}
-SAVE = {"model_id": "m", "sampling_session_seq_id": 0}
-LOAD = {"model_id": "m", "path": "tinker://r/weights/n"}
-STEP = {"model_id": "m", "adam_params": {}}
+CREATE: Body = {"session_id": "s", "model_seq_id": 0, "base_model": "m"}
+SAVE: Body = {"model_id": "m", "sampling_session_seq_id": 0}
+LOAD: Body = {"model_id": "m", "path": "tinker://r/weights/n"}
+STEP: Body = {"model_id": "m", "adam_params": {}}
 
 
 def test_a_newer_clients_idle_fields_are_let_by() -> None:
-    idle = {"someday": None, "count": 0, "flag": False, "names": [], "more": {}, "text": ""}
+    idle: Body = {"someday": None, "count": 0, "flag": False, "names": [], "more": {}, "text": ""}
     check(wire.Sample, SAMPLE | idle)
     check(wire.OptimStep, {"model_id": "m", "adam_params": idle, "type": "optim_step"})
 
@@ -50,7 +51,7 @@ def test_a_newer_clients_idle_fields_are_let_by() -> None:
     ],
 )
 def test_what_asks_for_more_than_we_do_is_refused_by_name(
-    model: type[BaseModel], body: dict[str, Any], field: str
+    model: type[BaseModel], body: Body, field: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=field):
         check(model, body)

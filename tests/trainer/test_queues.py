@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinkle_dask.losses import loss_spec
@@ -45,6 +45,7 @@ bodies = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_each_row_once_and_each_run_in_order(data: st.DataObject) -> None:
     """A simulation of the engine, with restarts: no rule of the order is ever broken."""
@@ -98,6 +99,7 @@ def test_each_row_once_and_each_run_in_order(data: st.DataObject) -> None:
     assert done == {w.id for order in submitted.values() for w in order}
 
 
+@settings(deadline=None)
 @given(st.lists(lengths_of_batch, min_size=2, max_size=5), st.integers(1, 20))
 def test_busy_tenants_never_differ_by_more_than_a_row(
     batches: list[list[int]], num_batches: int
@@ -113,6 +115,7 @@ def test_busy_tenants_never_differ_by_more_than_a_row(
     assert max(served.values()) - min(served.values()) <= max(map(max, batches))
 
 
+@settings(deadline=None)
 @given(
     huge=st.lists(st.integers(1, 20), min_size=100, max_size=100),
     small=st.lists(st.integers(1, 6), min_size=1, max_size=3),

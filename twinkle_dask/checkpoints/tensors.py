@@ -23,9 +23,11 @@ _safetensors: Any = safetensors.numpy
 def encode(
     arrays: Mapping[str, Float32Array], *, prefix: str = "", framework: str | None = None
 ) -> bytes:
-    """Arrays as the bytes of a safetensors file, the names under ``prefix``.
+    """Arrays as the bytes of a safetensors file.
 
     Args:
+        arrays: Of any memory layout; converted to float32 if they are not.
+        prefix: Put before every name.
         framework: Written as the file's ``format``; some readers refuse a file without ``pt``.
     """
     # safetensors reads the memory as it lies: a strided view would be written as other numbers.

@@ -12,6 +12,11 @@ from distributed import Nanny, Scheduler, SpecCluster
 
 #: What every cluster of ours needs; the reasons are in docs/architecture.md, "Dask settings".
 SETTINGS: dict[str, Any] = {
+    # Set before a worker process imports anything; its own lines before ours would not be JSON.
+    "distributed.nanny.pre-spawn-environ": {
+        "DASK_LOGGING__DISTRIBUTED": "warning",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    },
     "distributed.scheduler.worker-ttl": "20s",
     "distributed.scheduler.idle-timeout": None,
     "distributed.scheduler.allowed-failures": 0,

@@ -124,6 +124,7 @@ class Supervisor:
                 await self._release(link)
             await link.stop()
         if self._client is not None:
+            self._client.unsubscribe_topic("all")
             await self._client.close()
         if self._cluster is not None:
             await self._cluster.close(timeout=2)

@@ -16,6 +16,10 @@ from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.lora import LoraTensors
 from twinkle_dask.types import AdapterState
 
+# Rows of one pass may be multiplied with each other's adapters and the result by zero, which only
+# finite numbers survive. Far beyond any adapter that works, and far from overflow.
+_LARGEST = 1e15
+
 log = logging.getLogger(__name__)
 
 
@@ -122,5 +126,8 @@ class AdapterStore:
                 "This adapter does not fit the base model: "
                 f"{len(wrong)} of its weights differ in name or shape, for example {wrong[0]}."
             )
-        if not all(np.isfinite(array).all() for array in state.weights.values()):
-            raise InvalidRequest("This adapter has weights that are not finite numbers.")
+        if not all((np.abs(array) <= _LARGEST).all() for array in state.weights.values()):
+            raise InvalidRequest(
+                "This adapter has weights that are not finite or too large to compute with; its "
+                "training has probably diverged."
+            )

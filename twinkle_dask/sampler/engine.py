@@ -59,7 +59,12 @@ class TorchSamplerConfig:
 
 
 class TorchSampler:
-    """A ``Sampler`` over a base model that others (a trainer) may use between its steps."""
+    """A ``Sampler`` over a base model that others (a trainer) may use between its steps.
+
+    Attributes:
+        max_length: Longest prompt plus output, in tokens; longer output ends as LENGTH.
+        tokens_done: Tokens read and written since the start.
+    """
 
     def __init__(self, base: BaseModel, config: TorchSamplerConfig | None = None) -> None:
         """Check that the model can be sampled and set the memory's bound.
@@ -95,6 +100,16 @@ class TorchSampler:
     def busy(self) -> bool:
         """Whether ``step`` has anything to do or to give back."""
         return bool(self._requests or self._ended)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that get a token in each decode step."""
+        return len(self._schedule.running)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory that keys and values take at the moment."""
+        return self._kv.num_bytes
 
     def add_adapter(self, key: str, state: AdapterState) -> None:
         """Take in an immutable copy of an adapter; see ``Sampler.add_adapter``."""
@@ -139,7 +154,10 @@ class TorchSampler:
             for lane in reversed(self._kv.lanes):
                 self._schedule.prepare(lane)
                 self._decode(lane)
-        except Exception as error:  # noqa: BLE001 - passes are guarded; this is lack of memory
+        except Exception as error:
+            # Passes have their own guards, so this is memory that is not there.
+            if not self._requests:
+                raise
             self._start_over(error)
         return self._take_ended()
 
@@ -212,9 +230,9 @@ class TorchSampler:
         before = sum(job.done for job in jobs)
         try:
             drawn = self._passes.prefill(jobs, self._schedule.begin(jobs))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends one request
+        except Exception as error:
             if len(jobs) > 1:
-                log.warning("A prefill of %d requests failed; each runs alone", len(jobs))
+                log.warning("A prefill of %d requests failed", len(jobs), exc_info=error)
                 self._schedule.retry_alone(jobs)
             else:
                 self._schedule.abandon(jobs[0])
@@ -233,7 +251,7 @@ class TorchSampler:
         if not lane.rows:
             return
         failed: list[tuple[Sequence, Exception]] = []
-        drawn = self._decode_rows(lane, slice(0, len(lane.rows)), failed)
+        drawn = self._decode_rows(lane, 0, len(lane.rows), failed)
         going_on = self._add(drawn)
         for found in drawn:
             if found.sequence not in going_on:
@@ -243,20 +261,19 @@ class TorchSampler:
             self._fail(sequence.request, error)
 
     def _decode_rows(
-        self, lane: Lane, rows: slice, failed: list[tuple[Sequence, Exception]]
+        self, lane: Lane, start: int, stop: int, failed: list[tuple[Sequence, Exception]]
     ) -> list[Drawn]:
         """Decode rows together; if that fails, halves of them, down to the one at fault."""
         try:
-            return self._passes.decode(lane, rows)
+            return self._passes.decode(lane, slice(start, stop))
         except Exception as error:
-            if rows.stop - rows.start == 1:
-                at_fault: Sequence = lane.rows[rows.start]
-                failed.append((at_fault, error))
+            if stop - start == 1:
+                failed.append((lane.rows[start], error))
                 return []
-            log.warning("A decode pass of %d rows failed", rows.stop - rows.start, exc_info=error)
-        middle = (rows.start + rows.stop) // 2
-        halves = slice(rows.start, middle), slice(middle, rows.stop)
-        return [drawn for half in halves for drawn in self._decode_rows(lane, half, failed)]
+            log.warning("A decode pass of %d rows failed", stop - start, exc_info=error)
+        middle = (start + stop) // 2
+        drawn = self._decode_rows(lane, start, middle, failed)
+        return drawn + self._decode_rows(lane, middle, stop, failed)
 
     def _start_over(self, error: Exception) -> None:
         """There is less memory than ``max_kv_bytes`` says: one request fails, the others wait."""
@@ -283,7 +300,7 @@ class TorchSampler:
             if request.work.id not in self._requests:
                 continue
             if found.logprob != found.logprob:
-                self._fail(request, _NOT_FINITE)
+                self._fail(request, InvalidRequest(_NOT_FINITE))
             elif not request.unfinished:
                 self._forget(request)
                 self._ended.append(SampleDone(request.work.id, request.result()))
@@ -301,7 +318,7 @@ class TorchSampler:
             self._adapters.give_back(request.work.adapter)
 
 
-_NOT_FINITE = InvalidRequest(
+_NOT_FINITE = (
     "The model's logits are not finite numbers, so nothing can be drawn. The adapter's weights "
     "have probably become too large in training."
 )

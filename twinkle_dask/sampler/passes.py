@@ -60,8 +60,8 @@ class Passes:
         ends = [len(piece) - 1 for piece in pieces]
         for row, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
             job.done = past + len(piece)
-            if job.scores is not None:
-                targets = job.tokens[past + 1 : job.done + 1]
+            targets = job.tokens[past + 1 : job.done + 1]
+            if job.scores is not None and targets:
                 hidden_ND = hidden_BLD[row, : len(targets)]
                 scored = score(base.head, hidden_ND, targets, job.request.plan)
                 job.scores[past + 1 : past + 1 + len(targets)] = scored

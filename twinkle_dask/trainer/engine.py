@@ -41,8 +41,8 @@ class TrainerConfig:
         padding_tokens: What one more pass over the model costs, in tokens: rows of a micro-batch
             are spread over several passes when that saves more padding.
         head_chunk_bytes: Most bytes of logits at a time, in the base model's dtype.
-        head_block_bytes: Most bytes of float32 logits at a time; should fit into a core's cache.
-            None takes ``head_chunk_bytes`` on a GPU, 1.5 MB otherwise.
+        head_block_bytes: Most bytes of float32 logits at a time. None takes what fits into the
+            cores' caches, 1.5 MB for each thread; on a GPU ``head_chunk_bytes``.
     """
 
     tokens_per_micro_batch: int = 2048
@@ -63,7 +63,9 @@ class Trainer:
         self._base = base
         self._config = config
         self._block_bytes = config.head_block_bytes or (
-            config.head_chunk_bytes if base.device.type == "cuda" else 1536 * 1024
+            config.head_chunk_bytes
+            if base.device.type == "cuda"
+            else 1536 * 1024 * torch.get_num_threads()
         )
         self._queues = RunQueues()
         self._runs: dict[RunId, Run] = {}

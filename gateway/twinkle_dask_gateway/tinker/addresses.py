@@ -10,7 +10,7 @@ from twinkle_dask.types import RunId
 
 _SCHEME = "tinker://"
 # The ids we make are "<session>:train:<n>"; ':' rules out any URL parser that knows ports.
-_RUN = re.compile(r"[A-Za-z0-9._:-]{1,256}")
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,255}")
 
 
 def address_of(run: str, kind: str, name: str) -> CheckpointAddress:
