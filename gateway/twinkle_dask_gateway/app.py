@@ -27,7 +27,7 @@ def create_app(service: Service, config: GatewayConfig) -> FastAPI:
     app.state.service = service
     app.state.config = config
     app.state.polls = Polls()
-    app.include_router(tinker.router(), prefix=f"{config.url_prefix}/api/v1")
+    tinker.add_routes(app, config.url_prefix)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(AccessLog)  # added last, so outermost
     return app

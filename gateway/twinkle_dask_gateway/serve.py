@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -17,7 +19,7 @@ from twinkle_dask.store.data_dir import DataDir, open_data_dir
 from twinkle_dask.store.store import Store
 from twinkle_dask_gateway.app import create_app
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.server import serve_http
+from twinkle_dask_gateway.server import bind, serve_http
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -58,9 +60,11 @@ async def serve(
     if until_stdin_closes:
         loop.add_reader(sys.stdin.fileno(), _on_stdin, loop, stop)
     gateway = _gateway(config)
-    with open_data_dir(config.data_dir) as data_dir:
+    # Whatever can be refused is refused before a model is loaded.
+    with open_data_dir(config.data_dir) as data_dir, bind(gateway) as listener:
         begun = asyncio.Event()
-        serving = asyncio.create_task(_serve(config, gateway, data_dir, ready, begun, stop))
+        http = _Http(config=gateway, listener=listener, ready=ready, begun=begun, stop=stop)
+        serving = asyncio.create_task(_serve(config, data_dir, http))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -74,14 +78,18 @@ async def serve(
     log.info("stopped")
 
 
-async def _serve(
-    config: ServiceConfig,
-    gateway: GatewayConfig,
-    data_dir: DataDir,
-    ready: Callable[[str], None],
-    begun: asyncio.Event,
-    stop: asyncio.Event,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Http:
+    """What HTTP serving needs besides the service."""
+
+    config: GatewayConfig
+    listener: socket.socket
+    ready: Callable[[str], None]
+    begun: asyncio.Event
+    stop: asyncio.Event
+
+
+async def _serve(config: ServiceConfig, data_dir: DataDir, http: _Http) -> None:
     blobs = BlobStore(config.blob_url or data_dir.blobs_dir)
     # On a separate cluster a worker may be in the middle of writing for a gateway before us.
     age_s = 3600.0 if config.scheduler else 0.0
@@ -93,10 +101,11 @@ async def _serve(
             host = f"[{config.host}]" if ":" in config.host else config.host
 
             def started(port: int) -> None:
-                begun.set()
-                ready(f"http://{host}:{port}{config.url_prefix}")
+                http.begun.set()
+                http.ready(f"http://{host}:{port}{config.url_prefix}")
 
-            await serve_http(create_app(service, gateway), gateway, started=started, stop=stop)
+            app = create_app(service, http.config)
+            await serve_http(app, http.config, http.listener, started=started, stop=http.stop)
     finally:
         await store.close()
 

@@ -21,6 +21,7 @@ _GRACE_S = 1
 async def serve_http(
     app: FastAPI,
     config: GatewayConfig,
+    listener: socket.socket,
     *,
     started: Callable[[int], None],
     stop: asyncio.Event,
@@ -29,14 +30,11 @@ async def serve_http(
 
     Args:
         app: From ``create_app``.
-        config: Where to listen.
+        config: How to serve.
+        listener: From ``bind``; closed at the end.
         started: Called once with the port, as soon as connections are accepted.
         stop: Ends the serving. To cancel the task instead would leave connections open.
-
-    Raises:
-        StartupError: The address cannot be listened on, for example because the port is in use.
     """
-    listener = _listen(config)
     server = _Server(
         uvicorn.Config(
             app,
@@ -67,7 +65,12 @@ async def serve_http(
         listener.close()
 
 
-def _listen(config: GatewayConfig) -> socket.socket:
+def bind(config: GatewayConfig) -> socket.socket:
+    """Take the address. Connections are refused until the app is served.
+
+    Raises:
+        StartupError: It cannot be listened on, for example because the port is in use.
+    """
     where = f"{config.host}:{config.port}"
     try:
         family, _, _, _, found = socket.getaddrinfo(
@@ -83,7 +86,6 @@ def _listen(config: GatewayConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(config.backlog)
         listener.setblocking(False)
     except (OSError, OverflowError) as error:
         listener.close()

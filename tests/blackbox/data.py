@@ -40,7 +40,9 @@ def logprobs(output: types.ForwardBackwardOutput) -> list[np.ndarray]:
     return [np.asarray(out["logprobs"].tolist(), np.float32) for out in output.loss_fn_outputs]
 
 
-def train_one_step(client: tinker.TrainingClient, data: list[types.Datum], lr: float = 1e-2) -> float:
+def train_one_step(
+    client: tinker.TrainingClient, data: list[types.Datum], lr: float = 1e-2
+) -> float:
     """A forward_backward and an optim_step, pipelined; gives the loss."""
     forward = client.forward_backward(data, "cross_entropy")
     step = client.optim_step(types.AdamParams(learning_rate=lr))

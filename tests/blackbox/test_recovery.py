@@ -3,20 +3,17 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import tinker
 from tinker import types
-from twinkle_dask import local_service
 
 from tests.blackbox.conftest import KEY, MODEL
 from tests.blackbox.data import batch, logprobs
+from tests.blackbox.servers import serve
+from twinkle_dask import local_service
 
 # A start with model loading, twice, on two busy cores.
 pytestmark = pytest.mark.timeout(180)
@@ -67,9 +64,7 @@ def test_a_killed_worker_costs_time_but_no_work(model_folder: Path, tmp_path: Pa
         assert logprobs(before.result())[0].shape == (11,)
         assert first == pytest.approx(expected[: STEPS // 2], rel=1e-6)
         # Gradients of the rest accumulate in both runs alike; only the first loss is comparable.
-        assert rest[0].result().metrics["loss:sum"] == pytest.approx(
-            expected[STEPS // 2], rel=1e-5
-        )
+        assert rest[0].result().metrics["loss:sum"] == pytest.approx(expected[STEPS // 2], rel=1e-5)
         tokens = [sequence.tokens for sequence in sample.result().sequences]
         again = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
         assert [sequence.tokens for sequence in again.sequences] == tokens
@@ -81,31 +76,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextmanager
-def server(model_folder: Path, data_dir: Path, port: int) -> Generator["subprocess.Popen[bytes]"]:
-    """A server that the test may kill as it likes."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "twinkle_dask.cli", "serve"]
-        + ["--model", f"{MODEL}={model_folder}", "--port", str(port), "--dtype", "float32"]
-        + ["--data-dir", str(data_dir), "--api-key", KEY],
-        stdout=subprocess.PIPE,
-        stderr=(data_dir / "log").open("ab"),
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith(b"READY")
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(15)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 def test_a_killed_server_goes_on_where_it_was(model_folder: Path, tmp_path: Path) -> None:
     port = free_port()
-    with server(model_folder, tmp_path, port) as first:
+    options = ["--model", f"{MODEL}={model_folder}", "--port", str(port), "--dtype", "float32"]
+    options += ["--data-dir", str(tmp_path), "--api-key", KEY]
+    with serve(*options, log=tmp_path / "log") as first:
         client = tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key=KEY)
         undisturbed = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
         expected = losses_of(undisturbed, 4)
@@ -115,9 +90,9 @@ def test_a_killed_server_goes_on_where_it_was(model_folder: Path, tmp_path: Path
         third = run.forward_backward(batch(seed=2), "cross_entropy")
         third.result()
         os.kill(first.pid, signal.SIGKILL)
-        first.wait(10)
-    with server(model_folder, tmp_path, port):
+        first.process.wait(10)
+    with serve(*options, log=tmp_path / "log"):
         run.optim_step(types.AdamParams(learning_rate=1e-2)).result()
         fourth = run.forward_backward(batch(seed=3), "cross_entropy").result()
         assert fourth.metrics["loss:sum"] == pytest.approx(expected[3], rel=1e-5)
-        client.close()
+        client.close("success")

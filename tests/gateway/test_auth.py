@@ -35,13 +35,6 @@ async def test_every_route_but_the_listed_asks_for_a_key(app: FastAPI) -> None:
                 assert response.status_code == expected, (method, path)
 
 
-async def test_a_route_added_later_is_closed_too(app: FastAPI) -> None:
-    # Only the two routers of the face exist; the open one holds one route.
-    from twinkle_dask_gateway.tinker.routes_service import open_routes
-
-    assert len(open_routes.routes) == 1
-
-
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
 async def test_there_are_no_documentation_pages(client: httpx.AsyncClient, path: str) -> None:
     assert (await client.get(f"http://gateway{path}")).status_code == 404

@@ -1,5 +1,9 @@
 """Our protobuf against the SDK's own encoder and decoder."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from google.protobuf.descriptor import FileDescriptor
@@ -78,6 +82,21 @@ def test_the_schema_is_the_sdks() -> None:
     assert {name for name, _ in theirs.keys() - ours.keys()} == unused
     assert dict(pb.DType.items()) == dict(sdk_pb.DType.items())
     assert dict(pb.StopReason.items()) == dict(sdk_pb.StopReason.items())
+
+
+def test_the_committed_module_is_the_schemas(tmp_path: Path) -> None:
+    gateway = Path(__file__).parents[2] / "gateway"
+    name = "twinkle_dask_gateway/tinker/tinker.proto"
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{gateway}",
+        f"--python_out={tmp_path}",
+    ]
+    subprocess.run([*command, str(gateway / name)], check=True, timeout=30)
+    made = (tmp_path / name).with_name("tinker_pb2.py").read_text()
+    assert made == Path(pb.__file__).read_text(), "run `make proto`"
 
 
 @given(st.lists(matrices(), min_size=1, max_size=4), st.booleans())

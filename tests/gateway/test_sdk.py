@@ -16,7 +16,7 @@ from tinker import types
 from tests.gateway.in_memory import KEY, MODEL, InMemoryService
 from twinkle_dask_gateway.app import create_app
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.server import serve_http
+from twinkle_dask_gateway.server import bind, serve_http
 
 # The SDK leaves connections of its own open; they are collected below, before the next test.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -45,7 +45,7 @@ def base_url(request: pytest.FixtureRequest) -> Generator[str]:
         ending.append(asyncio.Event())
         loops.append(asyncio.get_running_loop())
         app = create_app(InMemoryService().service, config)
-        await serve_http(app, config, started=started, stop=ending[0])
+        await serve_http(app, config, bind(config), started=started, stop=ending[0])
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()

@@ -12,7 +12,7 @@ from tests.gateway.in_memory import KEY, InMemoryService
 from twinkle_dask.errors import StartupError
 from twinkle_dask_gateway.app import create_app
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.server import serve_http
+from twinkle_dask_gateway.server import bind, serve_http
 
 HEADERS = {"x-api-key": KEY}
 
@@ -24,7 +24,9 @@ async def serving(
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     app = create_app(world.service, config)
-    serve = asyncio.create_task(serve_http(app, config, started=port.set_result, stop=stop))
+    serve = asyncio.create_task(
+        serve_http(app, config, bind(config), started=port.set_result, stop=stop)
+    )
     try:
         yield await port, stop
     finally:
@@ -82,26 +84,21 @@ async def test_answers_are_not_delayed_by_the_kernel(world: InMemoryService) -> 
         assert loop.time() - started < 20 * 0.030
 
 
-async def test_a_port_in_use_is_named(world: InMemoryService) -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
+        taken.bind()
         port = taken.getsockname()[1]
-        config = GatewayConfig(port=port)
-        app = create_app(world.service, config)
         with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*in use"):
-            await serve_http(app, config, started=lambda _: None, stop=asyncio.Event())
+            bind(GatewayConfig(port=port))
 
 
 @pytest.mark.parametrize(
     "config", [GatewayConfig(host="no.such.host.invalid"), GatewayConfig(port=70000)]
 )
-async def test_an_impossible_address_is_named(
-    world: InMemoryService, config: GatewayConfig
-) -> None:
-    app = create_app(world.service, config)
+def test_an_impossible_address_is_named(config: GatewayConfig) -> None:
     with pytest.raises(StartupError, match=f"{config.host}:{config.port}"):
-        await serve_http(app, config, started=lambda _: None, stop=asyncio.Event())
+        bind(config)
 
 
 def test_a_prefix_is_a_path() -> None:

@@ -163,6 +163,13 @@ def unknown_type(folder: Path) -> Path:
     return folder
 
 
+def own_code(folder: Path) -> Path:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tiny_llama(folder) / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('ran foreign code')")
+    return folder
+
+
 def broken_gguf(folder: Path) -> Path:
     (folder / "model.gguf").write_bytes(b"GGUF" + b"\x01" * 100)
     return folder
@@ -180,6 +187,7 @@ FOUND_WHEN_LOADING = [
     (misshapen, r"1 weights of another shape .* model\.layers\.1\.mlp\.up_proj\.weight"),
     (encoder, "no causal language model but BertForMaskedLM"),
     (unknown_type, "from_the_future"),
+    (own_code, "custom code"),
     (broken_gguf, "cannot be loaded"),
     (broken_tokenizer, "tokenizer of model .* cannot be loaded"),
 ]

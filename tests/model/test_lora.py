@@ -146,6 +146,34 @@ def test_one_position_each_adds_all_adapters_at_once() -> None:
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_adapter_breaks_its_own_rows_only(length: int, matrix: str, value: float) -> None:
+    context = PlanContext(torch.device("cpu"))
+    wrapped = AdaptedLinear(nn.Linear(24, 40).requires_grad_(False), PATH, context)
+    x_BLD = torch.randn(4, length, 24, requires_grad=True)
+    healthy, broken = one_linear(3, seed=1), one_linear(2, seed=2)
+    broken.master[f"{PATH}.{matrix}.weight"][0, 0] = value
+    grads = [buffers(healthy), buffers(broken)]
+    both = BatchPlan(
+        (Segment(slice(0, 2), healthy, grads[0]), Segment(slice(2, 3), broken, grads[1]))
+    )
+    alone = BatchPlan((Segment(slice(0, 2), healthy),))
+    with torch.no_grad():
+        with context.use(alone):
+            expected = wrapped(x_BLD)
+        with context.use(both):
+            actual = wrapped(x_BLD)
+    torch.testing.assert_close(actual[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5, atol=1e-5)
+    assert not actual[2].isfinite().all()
+    with context.use(both):
+        backward(wrapped(x_BLD), torch.ones(4, length, 40))
+    assert x_BLD.grad is not None
+    assert x_BLD.grad[[0, 1, 3]].isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads[0].values())
+
+
 def test_touch_renews_the_copies() -> None:
     adapter = one_linear(4, seed=1, dtype=torch.bfloat16)
     before = adapter.pair(PATH)

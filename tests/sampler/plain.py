@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from twinkle_dask.types import AdapterState, Float32Array
 
@@ -23,12 +24,7 @@ class PlainModel:
         with torch.no_grad():
             weights = dict(self._model.named_parameters())
             head = self._model.get_output_embeddings().weight
-            for name, a in ({} if state is None else state.weights).items():
-                if state is None or not name.endswith(".lora_A.weight"):
-                    continue
-                path = name.removesuffix(".lora_A.weight")
-                b = torch.tensor(state.weights[f"{path}.lora_B.weight"])
-                delta = state.spec.alpha / state.spec.rank * b @ torch.tensor(a)
+            for path, delta in ({} if state is None else deltas(state)).items():
                 if path == "lm_head":
                     head = head + delta
                 else:
@@ -64,3 +60,15 @@ class PlainModel:
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
         )
         return out[0, len(prompt) :].tolist()
+
+
+def deltas(state: AdapterState) -> dict[str, Tensor]:
+    """What an adapter adds to each weight: ``alpha / rank * B @ A``."""
+    scale, end = state.spec.alpha / state.spec.rank, ".lora_A.weight"
+    return {
+        (path := name.removesuffix(end)): scale
+        * torch.tensor(state.weights[f"{path}.lora_B.weight"])
+        @ torch.tensor(a)
+        for name, a in state.weights.items()
+        if name.endswith(end)
+    }

@@ -48,7 +48,7 @@ def draws(logits_V: Tensor, num: int, **settings: float | int) -> np.ndarray[tup
         # 0.4 is more than 60 % of the 0.65 that top_k leaves, 0.25 is not needed
         ({"top_k": 2, "top_p": 0.6}, [0, 0, 0, 1, 0, 0, 0]),
         ({"top_k": 2, "top_p": 0.63}, [0, 0.25, 0, 0.4, 0, 0, 0]),
-        ({"temperature": 0.5, "top_p": 0.55}, [0, 0.0625, 0, 0.16, 0, 0, 0]),
+        ({"temperature": 0.5, "top_p": 0.6}, [0, 0.0625, 0, 0.16, 0, 0, 0]),
     ],
 )
 def test_shares_are_the_exact_probabilities(
@@ -137,15 +137,13 @@ PARAMS = st.builds(
     rounding=st.sampled_from([0, 1]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_row_draws_the_same_alone(
-    params: list[SamplingParams], seed: int, rounding: int
-) -> None:
+def test_a_row_draws_the_same_alone(params: list[SamplingParams], seed: int, rounding: int) -> None:
     """Bit for bit, with many equal logits too."""
     generator = torch.Generator().manual_seed(seed)
     logits_NV = torch.randn(len(params), 200, generator=generator) * 3
     if rounding:
         logits_NV = logits_NV.round()
-    uniforms = torch.rand(len(params), generator=generator).tolist()
+    uniforms: list[float] = np.random.default_rng(seed).random(len(params)).tolist()
     rules = DrawRules.of(params, 200, CPU)
     together, _ = draw(logits_NV.clone(), rules, [uniforms[i] for i in rules.random_rows])
     for i, param in enumerate(params):
@@ -157,7 +155,8 @@ def test_a_row_draws_the_same_alone(
 def test_random_numbers_belong_to_seed_sample_and_place() -> None:
     first, again = Uniforms(7, 0), Uniforms(7, 0)
     numbers = [first.at(i) for i in range(5)]
-    assert [again.at(i) for i in (0, 0, 1, 2, 3, 4, 4)] == [numbers[i] for i in (0, 0, 1, 2, 3, 4, 4)]
+    for i in (0, 0, 1, 2, 3, 4, 4):
+        assert again.at(i) == numbers[i]
     assert Uniforms(7, 0).at(4) == numbers[4]
     assert Uniforms(7, 1).at(0) != numbers[0]
     assert Uniforms(8, 0).at(0) != numbers[0]

@@ -112,19 +112,17 @@ def test_engine_stops_at_strings(make: MakeDriver, base: BaseModel) -> None:
 
 
 def test_engine_stops_at_the_end_of_sequence_unless_told_otherwise(make: MakeDriver) -> None:
-    """Ten tenths of the draws: some of 200 samples of 60 tokens contain one of the two tokens."""
-    ends = request(prompt(3), 60, stop=Stop(), num_samples=64, temperature=2.0)
-    goes_on = request(prompt(3), 60, stop=ON_AND_ON, num_samples=64, temperature=2.0)
+    many: dict[str, Any] = {"num_samples": 64, "temperature": 2.0, "top_k": -1}
     driver = make()
-    ended = driver.result(driver.submit(ends)).sequences
-    went_on = driver.result(driver.submit(goes_on)).sequences
+    ended = driver.result(driver.submit(request(prompt(3), 60, stop=Stop(), **many))).sequences
+    went_on = driver.result(driver.submit(request(prompt(3), 60, **many))).sequences
     assert {s.stop_reason for s in went_on} == {StopReason.LENGTH}
-    assert any(s.stop_reason is StopReason.STOP for s in ended)
-    for short, long in zip(ended, went_on, strict=True):
-        assert short.tokens.tolist() == long.tokens[: len(short.tokens)].tolist()
-        inside = [token in EOS for token in short.tokens]
-        assert inside[:-1].count(True) == 0
-        assert inside[-1] == (short.stop_reason is StopReason.STOP)
+    assert any(token in EOS for s in went_on for token in s.tokens[:-1])
+    assert {s.stop_reason for s in ended} == {StopReason.LENGTH, StopReason.STOP}
+    for s in ended:
+        inside = [token in EOS for token in s.tokens]
+        assert not any(inside[:-1])
+        assert inside[-1] == (s.stop_reason is StopReason.STOP)
 
 
 def test_without_max_tokens_it_goes_on_to_the_context_limit(tmp_path: Path) -> None:

@@ -274,8 +274,12 @@ def test_bfloat16_is_near_float32(make: MakeDriver, folder: Path) -> None:
     body = batch(np.random.default_rng(4), (30, 7, 45))
     results: list[ForwardBackwardResult] = []
     gradients: list[Float32Array] = []
-    for driver in (make(), Driver(Trainer(coarse, TrainerConfig()))):
-        moved(driver, "r", SPECS[0], np.random.default_rng(5))
+    first = make()
+    moved(first, "m", SPECS[0], np.random.default_rng(5))
+    saved: Future[RunState] = Future()
+    saved.set_result(first.state("m"))
+    for driver in (first, Driver(Trainer(coarse, TrainerConfig()))):
+        driver.do("r", LoadState(state=saved, with_optimizer=True))
         results.append(driver.forward_backward("r", body))
         state = driver.state("r")
         assert state.gradients is not None

@@ -28,6 +28,7 @@ log = structlog.stdlib.get_logger(__name__)
 #: Told a command's id and its outcome, on the engine thread.
 OnDone: TypeAlias = Callable[[str, object], None]
 
+
 class EngineThread:
     """Runs a trainer, a sampler, or both.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from twinkle_dask import logs, packing
+from twinkle_dask import packing
 from twinkle_dask.checkpoints import folders
 from twinkle_dask.cluster.commands import (
     Cancel,
@@ -36,6 +36,7 @@ from twinkle_dask.cluster.commands import (
     SaveFolder,
 )
 from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError
+from twinkle_dask.logs import configure
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.types import ForwardBackward, OptimStep, RunState
 
@@ -76,7 +77,7 @@ class Host:
     """
 
     def __init__(self, config: bytes, log_level: str) -> None:
-        logs.configure(log_level)
+        configure(log_level)
         # The engine thread runs much Python between its kernels; with the default of 5 ms every
         # message to the event loop would wait that long for the interpreter.
         sys.setswitchinterval(0.0005)

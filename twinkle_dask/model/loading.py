@@ -132,13 +132,16 @@ def _load_model(place: ModelSource, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _file(place: ModelSource) -> dict[str, str]:
-    return {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
+def _file(place: ModelSource) -> dict[str, Any]:
+    # Unless told not to, transformers asks on the terminal whether to run a model's own code.
+    return {"trust_remote_code": False} | (
+        {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
+    )
 
 
 def _weights(place: ModelSource) -> dict[str, Any]:
     if place.gguf_file is None:
-        return {"use_safetensors": True}
+        return {**_file(place), "use_safetensors": True}
     # Packed weights have no plain linears to adapt, and their kernels no gradient.
     return {**_file(place), "quantization_config": transformers.GgufConfig(dequantize=True)}
 

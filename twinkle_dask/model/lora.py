@@ -102,7 +102,7 @@ class BatchPlan:
         self.segments = segments
         self.learns = any(segment.grads is not None for segment in segments)
         self._worn: dict[str, list[Worn]] = {}
-        self._stacks: dict[str, Stack] = {}
+        self._stacks: dict[tuple[str, int], Stack | None] = {}
 
     def worn(self, module_path: str) -> "list[Worn]":
         """The segments whose adapter has a part for this module."""
@@ -114,11 +114,15 @@ class BatchPlan:
             ]
         return self._worn[module_path]
 
-    def stack(self, module_path: str, num_rows: int) -> "Stack":
-        """All that is worn on this module as one pair of matrices, for ``num_rows`` rows."""
-        if module_path not in self._stacks:
-            self._stacks[module_path] = _stack(self.worn(module_path), num_rows)
-        return self._stacks[module_path]
+    def stack(self, module_path: str, num_rows: int) -> "Stack | None":
+        """All that is worn on this module as one pair of matrices, for ``num_rows`` rows.
+
+        None if some adapter holds an infinite or NaN weight: it would reach the others' rows.
+        """
+        key = module_path, num_rows
+        if key not in self._stacks:
+            self._stacks[key] = _stack(self.worn(module_path), num_rows)
+        return self._stacks[key]
 
 
 class PlanContext:
@@ -154,45 +158,55 @@ class Stack:
     """Several adapters side by side, S being the sum of their ranks.
 
     Attributes:
-        scale_BS: Float32; each row's scale in the columns of the adapter it wears, else 0.
+        scale_BS: Float32; each row's scale in the columns of the adapter that it wears.
+        others_BS: Where the columns are another adapter's.
     """
 
     a_SD: Tensor
     b_SE: Tensor
     scale_BS: Tensor
+    others_BS: Tensor
 
 
-def _stack(worn: list[Worn], num_rows: int) -> Stack:
+def _stack(worn: list[Worn], num_rows: int) -> Stack | None:
     a_SD = torch.cat([item.a_RD for item in worn])
     b_SE = torch.cat([item.b_ER.T for item in worn])
+    if not b_SE.isfinite().all():  # zero times infinity is NaN; A's columns are masked instead
+        return None
     scale_BS = torch.zeros(num_rows, len(a_SD), device=a_SD.device)
+    others_BS = torch.ones_like(scale_BS, dtype=torch.bool)
     start = 0
     for item in worn:
         end = start + len(item.a_RD)
         scale_BS[item.segment.rows, start:end] = item.segment.adapter.scale
+        others_BS[item.segment.rows, start:end] = False
         start = end
-    return Stack(a_SD, b_SE, scale_BS)
+    return Stack(a_SD, b_SE, scale_BS, others_BS)
 
 
 def add_adapters(x_BLD: Tensor, y_BLE: Tensor, module_path: str, plan: BatchPlan) -> None:
     """Add each segment's ``scale * (x @ A.T) @ B.T`` to its rows of a contiguous ``y_BLE``.
 
-    For passes without gradients, and for heads that are computed outside of the model.
+    For passes without gradients, and for heads that are computed outside of the model; ``x`` and
+    ``y`` may be (N, D) and (N, E) as well, the plan's rows then being those of N.
     """
     worn = plan.worn(module_path)
-    if len(worn) > 1 and x_BLD.shape[1] == 1:
-        # In generation a segment has a few positions only, and calling small kernels per adapter
-        # costs more than multiplying with all of them: 8 adapters on SmolLM2-135M, one position
-        # each, took 139 ms a step against 49 ms without adapters.
-        _add_stacked(x_BLD, y_BLE, plan.stack(module_path, len(x_BLD)))
-        return
+    if len(worn) > 1 and x_BLD.dim() == 3 and x_BLD.shape[1] == 1:
+        # In generation a segment has a few positions only, and one pair of small products per
+        # adapter costs more than one pair with all of them: 8 adapters on SmolLM2-135M (bfloat16,
+        # one core, a position each) took 139 ms a step, and take 72; one adapter takes 66.
+        stack = plan.stack(module_path, len(x_BLD))
+        if stack is not None:
+            _add_stacked(x_BLD, y_BLE, stack)
+            return
     for item in worn:
         _add_one(x_BLD, y_BLE, item)
 
 
 def _add_stacked(x_B1D: Tensor, y_B1E: Tensor, stack: Stack) -> None:
     h_BS = (x_B1D.flatten(1) @ stack.a_SD.T) * stack.scale_BS  # float32, as the scales are
-    y_B1E.view(len(y_B1E), -1).addmm_(h_BS.to(y_B1E.dtype), stack.b_SE)
+    h_BS = h_BS.masked_fill_(stack.others_BS, 0).to(y_B1E.dtype)
+    y_B1E.view(len(y_B1E), -1).addmm_(h_BS, stack.b_SE)
 
 
 def _flat(x_BLD: Tensor, rows: slice | Tensor) -> Tensor:

@@ -149,6 +149,8 @@ class Lane:
         self.state = move(LANE, self.state, event)
 
     async def _run_forever(self) -> None:
+        # The request that woke the lane first is not what the lane is doing later.
+        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(run=self.run.id)
         while self.state is not LaneState.CLOSED:
             self._wake.clear()

@@ -241,6 +241,7 @@ class Sampling:
             log.error("sample_failed", ticket=ticket, exc_info=error)
 
     async def _draw(self, ticket: TicketId, handle: _Handle, payload: bytes) -> None:
+        structlog.contextvars.bind_contextvars(ticket=ticket, sampler=handle.record.id)
         while True:
             link = await self._supervisor.sampler(handle.model.source, handle.folder)
             body = packing.pack(Sample(request=payload, adapter=handle.folder))

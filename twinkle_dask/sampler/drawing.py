@@ -52,7 +52,7 @@ class DrawRules:
 
     Attributes:
         random_rows: Indices of the rows that are not greedy.
-        random_S: The same as a tensor; None if all rows draw at random.
+        random_S: The same as a tensor.
         greedy: Whether any row is greedy.
         tempered: Whether any temperature is not 1.
         temperature_S1: Above 0.
@@ -64,7 +64,7 @@ class DrawRules:
     """
 
     random_rows: tuple[int, ...]
-    random_S: Tensor | None
+    random_S: Tensor
     greedy: bool
     tempered: bool
     temperature_S1: Tensor
@@ -90,7 +90,7 @@ class DrawRules:
         all_random, all_limited = len(rows) == len(params), len(limited) == len(random)
         return cls(
             random_rows=rows,
-            random_S=None if all_random else torch.tensor(rows, dtype=torch.int64, device=device),
+            random_S=torch.tensor(rows, dtype=torch.int64, device=device),
             greedy=not all_random,
             tempered=any(p.temperature != 1 for p in random),
             temperature_S1=_column([p.temperature for p in random], torch.float32, device),
@@ -128,14 +128,11 @@ def draw(
     shifted_NV = logits_NV.sub_(largest_N.unsqueeze(-1))
     weights_NV = shifted_NV.exp()
     log_total_N = weights_NV.sum(dim=-1).log()
-    if rules.random_S is not None and tokens_N is not None:
-        chosen = rules.random_S
-        random_S = _draw_at_random(shifted_NV[chosen], weights_NV[chosen], rules, numbers)
-        tokens_N[chosen] = random_S
-    elif rules.random_rows:
-        tokens_N = _draw_at_random(shifted_NV, weights_NV, rules, numbers)
     if tokens_N is None:
-        raise ValueError("rules of no rows")
+        tokens_N = _draw_at_random(shifted_NV, weights_NV, rules, numbers)
+    elif rules.random_rows:
+        chosen = rules.random_S
+        tokens_N[chosen] = _draw_at_random(shifted_NV[chosen], weights_NV[chosen], rules, numbers)
     logprobs_N = shifted_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1) - log_total_N
     tokens: list[int] = cast("Any", tokens_N).tolist()  # torch leaves tolist untyped
     logprobs: list[float] = cast("Any", logprobs_N).tolist()

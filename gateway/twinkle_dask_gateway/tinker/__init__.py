@@ -1,5 +1,5 @@
 """The Tinker protocol, version 0.38 of its SDK and older ones as far as they speak JSON."""
 
-from twinkle_dask_gateway.tinker.face import router
+from twinkle_dask_gateway.tinker.face import add_routes
 
-__all__ = ["router"]
+__all__ = ["add_routes"]

@@ -1,6 +1,6 @@
 """All routes of the face, behind one door."""
 
-from fastapi import APIRouter, Depends
+from fastapi import Depends, FastAPI
 
 from twinkle_dask_gateway.auth import authenticated
 from twinkle_dask_gateway.tinker import (
@@ -13,22 +13,25 @@ from twinkle_dask_gateway.tinker import (
     unsupported,
 )
 
+# Matched in turn: the busiest first.
+_CLOSED = (
+    routes_futures.routes,
+    routes_training.routes,
+    routes_sampling.routes,
+    routes_service.routes,
+    routes_weights.routes,
+    routes_records.routes,
+    unsupported.routes,
+)
+_OPEN = (routes_service.open_routes,)
 
-def router() -> APIRouter:
-    """The face's routes, relative to ``/api/v1``.
 
-    Whatever is included under ``closed`` asks for a key, whether its route thinks of it or not.
+def add_routes(app: FastAPI, prefix: str) -> None:
+    """Add the face to an app, under ``prefix`` and ``/api/v1``.
+
+    Whatever is closed asks for a key, whether its routes think of it or not.
     """
-    closed = APIRouter(dependencies=[Depends(authenticated)])
-    # Matched in turn: the busiest first.
-    closed.include_router(routes_futures.routes)
-    closed.include_router(routes_training.routes)
-    closed.include_router(routes_sampling.routes)
-    closed.include_router(routes_service.routes)
-    closed.include_router(routes_weights.routes)
-    closed.include_router(routes_records.routes)
-    closed.include_router(unsupported.routes)
-    face = APIRouter()
-    face.include_router(closed)
-    face.include_router(routes_service.open_routes)
-    return face
+    for routes in _CLOSED:
+        app.include_router(routes, prefix=f"{prefix}/api/v1", dependencies=[Depends(authenticated)])
+    for routes in _OPEN:
+        app.include_router(routes, prefix=f"{prefix}/api/v1")
