@@ -133,10 +133,10 @@ def test_logprobs_loss_and_gradient(
         distance(downhill, gradient),
         max(distance({name: downhill[name]}, {name: gradient[name]}) for name in gradient),
     )
-    # 1e-4: a difference of float32 weights holds that many digits of a gradient.
-    assert distance(downhill, gradient) < 1e-4
+    # Float32 sums in another order: seen are 5e-6 over all, 2e-5 in a single matrix.
+    assert distance(downhill, gradient) < 5e-5
     for name in gradient:
-        assert distance({name: downhill[name]}, {name: gradient[name]}) < 1e-3, name
+        assert distance({name: downhill[name]}, {name: gradient[name]}) < 2e-4, name
 
 
 def test_a_custom_loss_is_differentiated(
@@ -205,13 +205,13 @@ def test_five_steps_of_adamw(
         assert metrics is not None
         assert metrics["grad_norm:mean"] == pytest.approx(float(norm), rel=1e-4)
     way = moved(expected.weights, start)
-    print("DIST", distance(moved(weights_of(service, run, "endx"), start), way))
-    # Adam divides each entry by its own size: where a gradient is all rounding, so is the step.
-    assert distance(moved(weights_of(service, run, "end"), start), way) < 1e-2
+    # Seen are 2e-5. More room, as Adam divides each entry by its own size: where a gradient is all
+    # rounding, so is the step.
+    assert distance(moved(weights_of(service, run, "end"), start), way) < 1e-3
 
 
 def test_saved_and_resumed_equals_never_stopped(
-    client: tinker.ServiceClient, other_client: tinker.ServiceClient, service: LocalService
+    client: tinker.ServiceClient, service: LocalService
 ) -> None:
     """Weights and moments, bit for bit."""
     straight = client.create_lora_training_client(MODEL, rank=4, seed=3).result()

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,12 +48,17 @@ def base(shared: tinker.ServiceClient) -> tinker.SamplingClient:
 def taught_run(shared: tinker.ServiceClient) -> tinker.TrainingClient:
     """A run that has learnt one sentence by heart; no test trains it further."""
     run = shared.create_lora_training_client(MODEL, rank=8, seed=1).result()
-    lesson = [datum(run.get_tokenizer().encode(QUESTION + ANSWER))]
+    tokenizer: Any = run.get_tokenizer()
+    lesson = [datum(tokenizer.encode(QUESTION + ANSWER))]
     for _ in range(40):
         run.forward_backward(lesson, "cross_entropy")
-        step = run.optim_step(types.AdamParams(learning_rate=3e-3))
-    step.result()
+        run.optim_step(types.AdamParams(learning_rate=3e-3))
     return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer(taught_run: tinker.TrainingClient) -> Any:
+    return taught_run.get_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def sample(
     *,
     num_samples: int = 1,
     include_prompt_logprobs: bool = False,
-    **params: object,
+    **params: Any,
 ) -> tinker.APIFuture[types.SampleResponse]:
     return client.sample(
         types.ModelInput.from_ints(list(prompt)),
@@ -96,7 +102,13 @@ def test_greedy_takes_the_likeliest_token(base: tinker.SamplingClient, plain: Pl
 def test_logprobs_are_of_the_unmodified_distribution(
     base: tinker.SamplingClient, plain: PlainModel, temperature: float
 ) -> None:
-    params = {"max_tokens": 12, "temperature": temperature, "top_k": 50, "seed": 3, "stop": []}
+    params: dict[str, Any] = {
+        "max_tokens": 12,
+        "temperature": temperature,
+        "top_k": 50,
+        "seed": 3,
+        "stop": [],
+    }
     response = sample(base, num_samples=2, **params).result()
     for sequence in response.sequences:
         assert sequence.logprobs is not None
@@ -108,7 +120,13 @@ def test_logprobs_are_of_the_unmodified_distribution(
 def test_an_adapters_logprobs_are_those_of_its_trainer(
     taught_run: tinker.TrainingClient, taught: tinker.SamplingClient
 ) -> None:
-    params = {"max_tokens": 20, "temperature": 1, "top_p": 0.99, "seed": 5, "stop": []}
+    params: dict[str, Any] = {
+        "max_tokens": 20,
+        "temperature": 1,
+        "top_p": 0.99,
+        "seed": 5,
+        "stop": [],
+    }
     sequence = sample(taught, **params).result().sequences[0]
     whole = datum([*PROMPT, *sequence.tokens])
     trained = logprobs(taught_run.forward([whole], "cross_entropy").result())[0]
@@ -151,7 +169,7 @@ def test_each_of_many_samples_is_drawn_on_its_own(base: tinker.SamplingClient) -
 def test_a_seed_reproduces_its_samples_in_any_company(
     base: tinker.SamplingClient, taught: tinker.SamplingClient, seed: int
 ) -> None:
-    params = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "stop": []}
+    params: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "stop": []}
     alone = tokens_of(sample(base, num_samples=2, seed=seed, **params))
     company = [
         sample(client, random_tokens(3 + i, seed=i), num_samples=2, seed=i, **params)
@@ -174,9 +192,8 @@ def test_without_a_seed_samples_differ(base: tinker.SamplingClient) -> None:
 
 
 def test_a_sample_ends_with_the_end_of_sequence(
-    taught_run: tinker.TrainingClient, taught: tinker.SamplingClient
+    taught: tinker.SamplingClient, tokenizer: Any
 ) -> None:
-    tokenizer = taught_run.get_tokenizer()
     question = tokenizer.encode(QUESTION)
     # max_tokens is left out: the context is the only other limit.
     sequence = sample(taught, question, temperature=0).result().sequences[0]
@@ -202,12 +219,8 @@ def test_a_sample_ends_with_the_end_of_sequence(
     ],
 )
 def test_a_stop_string_ends_a_sample(
-    taught_run: tinker.TrainingClient,
-    taught: tinker.SamplingClient,
-    stop: str | list[str],
-    text: str,
+    taught: tinker.SamplingClient, tokenizer: Any, stop: str | list[str], text: str
 ) -> None:
-    tokenizer = taught_run.get_tokenizer()
     future = sample(taught, tokenizer.encode(QUESTION), temperature=0, stop=stop, max_tokens=40)
     sequence = future.result().sequences[0]
     said = tokenizer.decode(sequence.tokens)
@@ -217,10 +230,7 @@ def test_a_stop_string_ends_a_sample(
     assert sequence.stop_reason == "stop"
 
 
-def test_a_stop_token_is_the_last_token(
-    taught_run: tinker.TrainingClient, taught: tinker.SamplingClient
-) -> None:
-    tokenizer = taught_run.get_tokenizer()
+def test_a_stop_token_is_the_last_token(taught: tinker.SamplingClient, tokenizer: Any) -> None:
     question, answer = tokenizer.encode(QUESTION), tokenizer.encode(ANSWER)
     stops = [answer[9], answer[4]]
     end = min(answer.index(stop) for stop in stops)
@@ -231,8 +241,8 @@ def test_a_stop_token_is_the_last_token(
 
 def test_a_sample_ends_where_the_context_does(base: tinker.SamplingClient) -> None:
     prompt = random_tokens(CONTEXT_LENGTH - 5, seed=11)
-    for params in ({}, {"max_tokens": 100}):
-        sequence = sample(base, prompt, stop=[], **params).result().sequences[0]
+    for max_tokens in (None, 100):
+        sequence = sample(base, prompt, stop=[], max_tokens=max_tokens).result().sequences[0]
         assert (len(sequence.tokens), sequence.stop_reason) == (5, "length")
 
 
@@ -264,7 +274,7 @@ def test_adapters_together_give_what_each_gives_alone(shared: tinker.ServiceClie
         for _ in range(3):
             train_one_step(run, batch(seed=seed), lr=3e-2)
         samplers.append(run.save_weights_and_get_sampling_client().result())
-    params = {"max_tokens": 16, "stop": [], "seed": 2}
+    params: dict[str, Any] = {"max_tokens": 16, "stop": [], "seed": 2}
     alone = [tokens_of(sample(client, **params)) for client in samplers]
     assert len({str(tokens) for tokens in alone}) == len(samplers)
     together = [sample(client, **params) for client in samplers * 4]
@@ -275,7 +285,7 @@ def test_a_long_sample_lets_its_run_train_on(shared: tinker.ServiceClient) -> No
     run = shared.create_lora_training_client(MODEL, rank=8).result()
     train_one_step(run, batch())
     sampler = run.save_weights_and_get_sampling_client().result()
-    params = {"seed": 4, "stop": []}
+    params: dict[str, Any] = {"seed": 4, "stop": []}
     before = tokens_of(sample(sampler, max_tokens=20, **params))
     long = sample(sampler, max_tokens=1000, **params)
     train_one_step(run, batch())
@@ -303,9 +313,7 @@ def test_long_training_lets_samples_through(
 # ---- copies, cancelling
 
 
-def test_copies_of_a_client_do_not_collide(
-    taught_run: tinker.TrainingClient, taught: tinker.SamplingClient
-) -> None:
+def test_copies_of_a_client_do_not_collide(taught: tinker.SamplingClient) -> None:
     copies = [
         taught,
         pickle.loads(pickle.dumps(taught)),
@@ -327,7 +335,7 @@ def test_a_cancelled_sample_is_given_up(base: tinker.SamplingClient, wire: Wire)
     session = wire.post("create_session", {}).json()["session_id"]
     request = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}
     sampler = wire.post("create_sampling_session", request).json()["sampling_session_id"]
-    long = {
+    long: dict[str, Any] = {
         "sampling_session_id": sampler,
         "seq_id": 0,
         "prompt": {"chunks": [{"type": "encoded_text", "tokens": PROMPT}]},

@@ -107,9 +107,10 @@ def run_states(draw: st.DrawFn) -> RunState:
         train_attn=draw(st.booleans()),
     )
     optimizer = OptimizerState(step=draw(st.integers(0, 2**40)), exp_avg=some(), exp_avg_sq=some())
+    fresh = OptimizerState(step=0, exp_avg={}, exp_avg_sq={})
     return RunState(
         adapter=AdapterState(spec=spec, weights=some()),
-        optimizer=draw(st.sampled_from([None, optimizer])),
+        optimizer=draw(st.sampled_from([None, fresh, optimizer])),
         gradients=some() if draw(st.booleans()) else None,
     )
 

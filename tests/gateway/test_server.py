@@ -72,22 +72,17 @@ async def test_a_client_that_leaves_is_not_waited_for(world: InMemoryService) ->
         await until(lambda: world.open_waits == 0)
 
 
-async def test_answers_are_not_delayed_by_the_kernel(world: InMemoryService) -> None:
-    # Without TCP_NODELAY the body of each answer waits about 40 ms for an acknowledgement.
-    async with serving(world, GatewayConfig(port=0)) as (port, _), httpx.AsyncClient() as client:
-        url = f"http://127.0.0.1:{port}/api/v1/client/config"
-        await client.post(url, headers=HEADERS)
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        for _ in range(20):
-            await client.post(url, headers=HEADERS)
-        assert loop.time() - started < 20 * 0.030
+def test_answers_are_not_delayed_by_the_kernel() -> None:
+    # asyncio sets TCP_NODELAY where the listener names its protocol; without it the body of each
+    # answer waits about 40 ms for the acknowledgement of its headers.
+    with bind(GatewayConfig(port=0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.bind()
+        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*in use"):
             bind(GatewayConfig(port=port))

@@ -85,8 +85,9 @@ def read_state(blobs: Blobs, path: str) -> RunState:
         moments = _read(blobs, path, _OPTIMIZER_FILE, state)
         where = f"{path}/{_OPTIMIZER_FILE}"
         exp_avg, exp_avg_sq = split(moments, (_EXP_AVG, _EXP_AVG_SQ), where)
-        check_same(exp_avg, adapter.weights, where)
-        check_same(exp_avg_sq, adapter.weights, where)
+        if state.optimizer_step > 0 or moments:  # one that never stepped may have no moments yet
+            check_same(exp_avg, adapter.weights, where)
+            check_same(exp_avg_sq, adapter.weights, where)
         optimizer = OptimizerState(
             step=state.optimizer_step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
         )

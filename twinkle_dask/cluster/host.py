@@ -189,7 +189,9 @@ class Host:
 
     def _drop(self, command: Command) -> None:
         if self._engine.trainer is not None:
-            self._engine.trainer.drop_run(command.run)
+            for command_id in self._engine.trainer.drop_run(command.run):
+                self._saving.pop(command_id, None)
+                self._complete(command_id, HostLost("The run was dropped from this host."))
         self._complete(command.id, None)
 
     def _accept(self, command: Command) -> None:

@@ -30,7 +30,7 @@ from twinkle_dask.cluster.commands import (
 from twinkle_dask.cluster.link import HostLink
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import JournalConfig
-from twinkle_dask.errors import HostLost, TwinkleDaskError
+from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError
 from twinkle_dask.lifecycle import LANE, LaneEvent, LaneState, move
 from twinkle_dask.operations.requests import (
     LaneRequest,
@@ -99,6 +99,7 @@ class Lane:
         self.state = LaneState.DETACHED
         self._parts = parts
         self._link: HostLink | None = None
+        self._attempt = 0
         self._in_flight: dict[int, LaneOperation] = {}
         self._since_snapshot = 0
         self._bytes_since_snapshot = 0
@@ -160,6 +161,11 @@ class Lane:
                 log.warning("lane_detached", why=error.message)
                 self._detach()
                 continue
+            except TwinkleDaskError as error:
+                log.exception("run_not_restored")
+                self._detach()
+                await self._fail_in_flight(error)
+                continue
             except Exception:
                 # A fault of ours (the store, for example). Nothing is lost: the journal has it.
                 log.exception("lane_failed")
@@ -172,6 +178,15 @@ class Lane:
                 again_s = max(again_s, 0.05)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), again_s)
+
+    async def _fail_in_flight(self, why: TwinkleDaskError) -> None:
+        """The run cannot be set up (its snapshot is damaged, say); the next work tries again."""
+        fault = ServiceFault(
+            f"The run could not be restored: {why.message} Start a new run from a checkpoint."
+        )
+        for seq, operation in list(self._in_flight.items()):
+            await self._parts.finish(self.run, operation, fault)
+            del self._in_flight[seq]
 
     async def _turn(self) -> None:
         """Do everything that can be done now."""
@@ -203,6 +218,7 @@ class Lane:
         if self._link is not None:
             self._link.load -= 1
         self._link = None
+        self._attempt += 1
         self._do(LaneEvent.HOST_LOST)
         self._wake.set()
 
@@ -241,7 +257,7 @@ class Lane:
         answer = link.send(self._host_command(operation.request, operation.payload))
         self._last_sent = max(self._last_sent, operation.seq)
         self._count(operation.request, len(operation.payload))
-        self._start(self._await_answer(link, operation, answer))
+        self._start(self._await_answer(self._attempt, operation, answer))
 
     def _count(self, request: LaneRequest, num_bytes: int) -> None:
         if changes_run(request):
@@ -252,17 +268,20 @@ class Lane:
             self._snapshot_wanted = True
 
     async def _await_answer(
-        self, link: HostLink, operation: LaneOperation, answer: "asyncio.Future[bytes]"
+        self, attempt: int, operation: LaneOperation, answer: "asyncio.Future[bytes]"
     ) -> None:
         outcome: bytes | TwinkleDaskError
         try:
             outcome = await answer
         except HostLost:
-            if self._link is link:
+            if attempt == self._attempt:
                 self._detach()
             return
         except TwinkleDaskError as error:
             outcome = error
+        if attempt != self._attempt:
+            # Detached meanwhile: the operation has been sent again, and that answer counts.
+            return
         await self._parts.finish(self.run, operation, outcome)
         self._in_flight.pop(operation.seq, None)
         self._wake.set()
@@ -277,7 +296,7 @@ class Lane:
 
     async def _snapshot(self, link: HostLink) -> None:
         """Have the run written down as it stands behind the last operation sent."""
-        seq = self._last_sent
+        seq, attempt = self._last_sent, self._attempt
         self._snapshotting = True
         self._snapshot_wanted = False
         self._since_snapshot = self._bytes_since_snapshot = 0
@@ -290,7 +309,7 @@ class Lane:
             # Until then an operation inside the snapshot may still lack its stored result.
             while any(at <= seq for at in self._in_flight):
                 await asyncio.sleep(0.05)
-                if self._link is not link:
+                if attempt != self._attempt:
                     return
             old = await self._parts.store.runs.set_snapshot(self.run.id, folder, seq)
             self.run = replace(self.run, snapshot_path=folder, snapshot_seq=seq)
