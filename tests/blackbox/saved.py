@@ -9,6 +9,7 @@ import safetensors.numpy
 import tinker
 from numpy.typing import NDArray
 from tinker.types import ParsedCheckpointTinkerPath
+
 from twinkle_dask import LocalService
 
 Weights = Mapping[str, NDArray[np.float32]]

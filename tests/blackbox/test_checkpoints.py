@@ -1,17 +1,19 @@
 """Saving, resuming, sampling from what was saved, and the records of it, through the SDK."""
 
-from collections.abc import Callable, Generator
+import warnings
+from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import tinker
 from tinker import types
-from twinkle_dask import LocalService
 
 from tests.blackbox.conftest import ALIAS, KEY, MODEL, OTHER_KEY
 from tests.blackbox.data import batch, train_one_step
 from tests.blackbox.saved import arrays, distance, folder_of, identical, moved, weights_of
 from tests.blackbox.wire import Wire
+from twinkle_dask import LocalService
 
 # A failure that will not pass must come at once: the SDK would repeat other ones for minutes.
 pytestmark = pytest.mark.timeout(30)
@@ -33,12 +35,6 @@ def run(client: tinker.ServiceClient) -> tinker.TrainingClient:
 
 
 @pytest.fixture
-def wire(service: LocalService) -> Generator[Wire]:
-    with Wire(service.url, KEY) as connected:
-        yield connected
-
-
-@pytest.fixture
 def rest(service: LocalService) -> tinker.RestClient:
     return tinker.RestClient(base_url=service.url, api_key=KEY)
 
@@ -54,6 +50,17 @@ def drawn(sampler: tinker.SamplingClient) -> tuple[list[int], list[float]]:
     (sequence,) = sampler.sample(PROMPT, 1, GREEDY).result().sequences
     assert sequence.logprobs is not None
     return list(sequence.tokens), list(sequence.logprobs)
+
+
+def load(run: tinker.TrainingClient, path: str, *, with_optimizer: bool = False) -> str | None:
+    """The old way of loading, into a run that exists; the SDK warns that it will go."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if with_optimizer:
+            future = run.load_state_with_optimizer(path)  # pyright: ignore[reportDeprecated]
+        else:
+            future = run.load_state(path)  # pyright: ignore[reportDeprecated]
+    return future.result().path
 
 
 def known(rest: tinker.RestClient, run: str) -> dict[str, types.Checkpoint]:
@@ -89,12 +96,12 @@ def test_a_name_is_taken_once(
     saved = weights_of(service, run, "ck")
     folder = folder_of(service, f"tinker://{run.model_id}/weights/ck")
     train_on(run)
-    with pytest.raises(tinker.BadRequestError, match="'ck'.* exists already"):
+    with pytest.raises(tinker.BadRequestError, match=r"'ck'.* exists already"):
         run.save_state("ck").result()
     assert len(known(rest, run.model_id)) == 1
     assert identical(arrays(folder / "adapter_model.safetensors"), saved)
     run.save_weights_for_sampler("ck").result()  # another kind, another address
-    with pytest.raises(tinker.BadRequestError, match="'ck'.* exists already"):
+    with pytest.raises(tinker.BadRequestError, match=r"'ck'.* exists already"):
         run.save_weights_for_sampler("ck").result()
     assert known(rest, run.model_id).keys() == {"weights/ck", "sampler_weights/ck"}
 
@@ -186,6 +193,24 @@ def test_from_state_the_optimizer_starts_over(
     )
 
 
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_a_state_from_before_the_first_step(
+    client: tinker.ServiceClient, service: LocalService, with_optimizer: bool
+) -> None:
+    """Its optimizer has no moments yet."""
+    run = client.create_lora_training_client(MODEL, rank=4, seed=2).result()
+    path = run.save_state("new").result().path
+    create = (
+        client.create_training_client_from_state_with_optimizer
+        if with_optimizer
+        else client.create_training_client_from_state
+    )
+    resumed = create(path).result()
+    assert identical(weights_of(service, resumed, "x"), weights_of(service, run, "x"))
+    assert train_one_step(resumed, batch()) == train_one_step(run, batch())
+    assert identical(weights_of(service, resumed, "y"), weights_of(service, run, "y"))
+
+
 def test_unspent_gradients_are_no_part_of_a_state(
     client: tinker.ServiceClient, run: tinker.TrainingClient
 ) -> None:
@@ -246,7 +271,6 @@ def test_another_name_of_the_same_model_will_do(
     assert identical(weights_of(service, resumed, "x"), weights_of(service, run, "x"))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the SDK calls this way of loading old
 @pytest.mark.parametrize("with_optimizer", [False, True])
 def test_loading_into_a_fresh_client(
     client: tinker.ServiceClient,
@@ -256,8 +280,7 @@ def test_loading_into_a_fresh_client(
 ) -> None:
     path = run.save_state("ck").result().path
     fresh = client.create_lora_training_client(MODEL, rank=4, seed=9, train_unembed=False).result()
-    load = fresh.load_state_with_optimizer if with_optimizer else fresh.load_state
-    assert load(path).result().path == path
+    assert load(fresh, path, with_optimizer=with_optimizer) == path
     assert identical(weights_of(service, fresh, "start"), weights_of(service, run, "start"))
     for one in (run, fresh):
         train_one_step(one, batch())
@@ -265,14 +288,13 @@ def test_loading_into_a_fresh_client(
     assert identical(*ends) is with_optimizer
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_loading_another_shape_is_refused(
     client: tinker.ServiceClient, run: tinker.TrainingClient
 ) -> None:
     path = run.save_state("ck").result().path
     other = client.create_lora_training_client(MODEL, rank=5).result()
     with pytest.raises(tinker.BadRequestError, match="rank 4"):
-        other.load_state(path).result()
+        load(other, path)
     assert train_one_step(other, batch()) > 0
 
 
@@ -286,7 +308,6 @@ def test_sampler_weights_have_no_optimizer_to_resume(
     assert identical(weights_of(service, resumed, "x"), weights_of(service, run, "x"))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_is_not_there_is_not_found_at_once(
     client: tinker.ServiceClient, run: tinker.TrainingClient, rest: tinker.RestClient
 ) -> None:
@@ -294,7 +315,7 @@ def test_what_is_not_there_is_not_found_at_once(
     attempts: list[Callable[[], object]] = [
         lambda: client.create_training_client_from_state(missing).result(),
         lambda: client.create_training_client_from_state_with_optimizer(missing).result(),
-        lambda: run.load_state(missing).result(),
+        lambda: load(run, missing),
         lambda: client.create_sampling_client(model_path=missing).result(),
         lambda: rest.get_weights_info_by_tinker_path(missing).result(),
         lambda: rest.delete_checkpoint_from_tinker_path(missing).result(),
@@ -365,17 +386,36 @@ def test_sampler_weights_outlive_their_session(
     assert drawn(client.create_sampling_client(model_path=path).result()) == expected
 
 
-def test_a_deleted_checkpoint_serves_those_who_have_it(
+def test_weights_that_are_gone_cannot_be_sampled_from(
     client: tinker.ServiceClient, run: tinker.TrainingClient, rest: tinker.RestClient
 ) -> None:
-    """A sampler may lose its weights from the disk, but only with a clear error."""
-    path = run.save_weights_for_sampler("s").result().path
-    sampler = client.create_sampling_client(model_path=path).result()
-    expected = drawn(sampler)
-    rest.delete_checkpoint_from_tinker_path(path).result()
-    assert drawn(sampler) == expected
+    deleted = run.save_weights_for_sampler("s").result().path
+    rest.delete_checkpoint_from_tinker_path(deleted).result()
     with pytest.raises(tinker.NotFoundError):
-        client.create_sampling_client(model_path=path).result()
+        client.create_sampling_client(model_path=deleted).result()
+    # Replaced between the sampler's creation and its first sample.
+    path = run.save_state("ck").result().path
+    sampler = client.create_sampling_client(model_path=path).result()
+    run.save_state("ck", overwrite=True).result()
+    with pytest.raises(tinker.RequestFailedError, match=r"weights of .* were deleted") as gone:
+        drawn(sampler)
+    assert gone.value.category == types.RequestErrorCategory.User
+    drawn(client.create_sampling_client(model_path=path).result())
+
+
+def test_a_state_deleted_before_the_turn_of_its_load(
+    client: tinker.ServiceClient, run: tinker.TrainingClient, rest: tinker.RestClient, wire: Wire
+) -> None:
+    path = run.save_state("ck").result().path
+    fresh = client.create_lora_training_client(MODEL, rank=4, train_unembed=False).result()
+    body = {"model_id": fresh.model_id, "seq_id": 2, "path": path, "optimizer": True}
+    load = wire.promise("load_weights", body)  # waits for number 1
+    rest.delete_checkpoint_from_tinker_path(path).result()
+    wire.result(wire.optim_step(fresh.model_id, 1))
+    failed = wire.result(load)
+    assert failed["category"] == "user"
+    assert "deleted" in failed["error"]
+    assert wire.metrics(wire.forward_backward(fresh.model_id, 3, batch()))["loss:sum"] > 0
 
 
 def test_a_repeated_snapshot_is_the_first_one(
@@ -483,7 +523,6 @@ def test_checkpoints_are_listed_and_deleted(
 # ---- tenants
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_another_tenants_things_do_not_exist(
     run: tinker.TrainingClient,
     rest: tinker.RestClient,
@@ -496,7 +535,7 @@ def test_another_tenants_things_do_not_exist(
     theirs = tinker.RestClient(base_url=service.url, api_key=OTHER_KEY)
     attempts: list[Callable[[], object]] = [
         lambda: theirs.get_training_run(run.model_id).result(),
-        lambda: own.load_state(state).result(),
+        lambda: load(own, state),
     ]
     for path in (state, weights):
         attempts += [
@@ -524,7 +563,7 @@ def test_another_tenants_things_do_not_exist(
 def test_another_tenants_run_takes_no_work(
     run: tinker.TrainingClient, service: LocalService
 ) -> None:
-    bodies = {
+    bodies: dict[str, dict[str, Any]] = {
         "get_info": {},
         "optim_step": {"seq_id": 3, "adam_params": {}},
         "save_weights": {"seq_id": 3, "path": "stolen"},

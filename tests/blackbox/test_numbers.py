@@ -11,13 +11,13 @@ import pytest
 import tinker
 import torch
 from tinker import types
-from twinkle_dask import LocalService
 
 from tests.blackbox import plain
 from tests.blackbox.conftest import MODEL
 from tests.blackbox.data import batch, datum, logprobs, random_tokens, train_one_step
 from tests.blackbox.plain import PlainRun
 from tests.blackbox.saved import arrays, distance, folder_of, identical, moved, weights_of
+from twinkle_dask import LocalService
 
 PlainLoss = Callable[[types.Datum, torch.Tensor], torch.Tensor]
 
@@ -128,11 +128,6 @@ def test_logprobs_loss_and_gradient(
     norm = np.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in gradient.values()))
     assert step.metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-4)
     downhill = moved(expected.weights, weights_of(service, run, "after"))
-    print(
-        "DIST",
-        distance(downhill, gradient),
-        max(distance({name: downhill[name]}, {name: gradient[name]}) for name in gradient),
-    )
     # Float32 sums in another order: seen are 5e-6 over all, 2e-5 in a single matrix.
     assert distance(downhill, gradient) < 5e-5
     for name in gradient:

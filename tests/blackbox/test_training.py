@@ -4,19 +4,19 @@ That the numbers are right is told by ``test_numbers``; here two ways of asking 
 are compared with each other.
 """
 
-from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 import pytest
 import tinker
 import torch
 from tinker import types
-from twinkle_dask import LocalService
 
-from tests.blackbox.conftest import ALIAS, KEY, MODEL
+from tests.blackbox.conftest import ALIAS, MODEL
 from tests.blackbox.data import batch, datum, logprobs, random_tokens, train_one_step
 from tests.blackbox.saved import Weights, distance, identical, moved, weights_of
 from tests.blackbox.wire import Wire
+from twinkle_dask import LocalService
 
 STEP = types.AdamParams(learning_rate=1e-2)
 
@@ -24,12 +24,6 @@ STEP = types.AdamParams(learning_rate=1e-2)
 @pytest.fixture
 def run(client: tinker.ServiceClient) -> tinker.TrainingClient:
     return new_run(client)
-
-
-@pytest.fixture
-def wire(service: LocalService) -> Generator[Wire]:
-    with Wire(service.url, KEY) as connected:
-        yield connected
 
 
 def new_run(client: tinker.ServiceClient, seed: int = 1) -> tinker.TrainingClient:
@@ -60,7 +54,7 @@ def test_a_run_tells_what_it_is(client: tinker.ServiceClient) -> None:
     assert info.model_data.arch == "Qwen3ForCausalLM"
     assert info.is_lora
     assert info.lora_rank == 3
-    tokenizer = run.get_tokenizer()
+    tokenizer: Any = run.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode("Who are you?")) == "Who are you?"
 
 
@@ -81,18 +75,24 @@ def test_a_seed_fixes_the_new_adapter(client: tinker.ServiceClient, service: Loc
 
 
 @pytest.mark.parametrize(
-    ("part", "modules"),
+    ("attn", "mlp", "unembed", "modules"),
     [
-        ("train_attn", {"q_proj", "k_proj", "v_proj", "o_proj"}),
-        ("train_mlp", {"gate_proj", "up_proj", "down_proj"}),
-        ("train_unembed", {"lm_head"}),
+        (True, False, False, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (False, True, False, {"gate_proj", "up_proj", "down_proj"}),
+        (False, False, True, {"lm_head"}),
     ],
 )
 def test_only_what_was_asked_for_is_trained(
-    client: tinker.ServiceClient, service: LocalService, part: str, modules: set[str]
+    client: tinker.ServiceClient,
+    service: LocalService,
+    attn: bool,
+    mlp: bool,
+    unembed: bool,
+    modules: set[str],
 ) -> None:
-    parts = {name: name == part for name in ("train_attn", "train_mlp", "train_unembed")}
-    run = client.create_lora_training_client(MODEL, rank=4, seed=1, **parts).result()
+    run = client.create_lora_training_client(
+        MODEL, rank=4, seed=1, train_attn=attn, train_mlp=mlp, train_unembed=unembed
+    ).result()
     weights = weights_of(service, run, "new")
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights} == modules
     data = batch()
@@ -139,10 +139,9 @@ def test_many_targets_a_position_dense_and_sparse(
     """(N, K) targets as for distillation; CSR leaves out cells of weight 0."""
     rng = np.random.default_rng(0)
     tokens = random_tokens(10, seed=2)
-    targets = torch.from_numpy(rng.integers(0, 4096, (10, 12)))
-    weights = torch.from_numpy(rng.normal(size=(10, 12)).astype(np.float32))
-    weights[rng.random((10, 12)) < 0.8] = 0
-    targets[weights == 0] = 0
+    used = rng.random((10, 12)) < 0.2
+    targets = torch.tensor(rng.integers(0, 4096, (10, 12)) * used)
+    weights = torch.tensor(rng.normal(size=(10, 12)) * used, dtype=torch.float32)
     sparse = types.TensorData.from_torch_sparse(targets)
     assert sparse.sparse_crow_indices is not None
     results: list[tuple[types.ForwardBackwardOutput, float, Weights]] = []
@@ -297,6 +296,37 @@ def test_a_refused_step_leaves_the_run_as_it_was(
     assert after.result().metrics["loss:sum"] < good.result().metrics["loss:sum"]
 
 
+def test_a_loss_without_a_value_fails_alone(run: tinker.TrainingClient) -> None:
+    """It is only known on the host, so it fails as a result, and what is behind it goes on."""
+    tokens = random_tokens(6, seed=1)
+    lp = np.full(5, -1e4)  # a ratio of e to the ten thousand
+    data = [datum(tokens, weights=None, logprobs=lp, advantages=np.ones(5))]
+    good = run.forward_backward(batch(), "cross_entropy")
+    bad = run.forward_backward(data, "importance_sampling")
+    step = run.optim_step(STEP)
+    with pytest.raises(tinker.RequestFailedError, match="datum 0 is -inf") as failed:
+        bad.result()
+    assert failed.value.category == types.RequestErrorCategory.User
+    step.result()
+    assert train_one_step(run, batch()) < good.result().metrics["loss:sum"]
+
+
+def test_a_run_that_diverged_disturbs_nobody(client: tinker.ServiceClient) -> None:
+    broken, sound, alone = new_run(client), new_run(client), new_run(client)
+    expected = [train_one_step(alone, batch()) for _ in range(3)]
+    train_one_step(broken, batch(), lr=1e30)
+    losses: list[tinker.APIFuture[types.ForwardBackwardOutput]] = []
+    hopeless: list[tinker.APIFuture[types.ForwardBackwardOutput]] = []
+    for _ in range(3):
+        hopeless.append(broken.forward_backward(batch(num=8), "cross_entropy"))
+        losses.append(sound.forward_backward(batch(), "cross_entropy"))
+        sound.optim_step(STEP)
+    for future in hopeless:
+        with pytest.raises(tinker.RequestFailedError, match="diverge"):
+            future.result()
+    assert [one.result().metrics["loss:sum"] for one in losses] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_request_that_is_never_sent_holds_up_nobody(run: tinker.TrainingClient) -> None:
     """The SDK cannot encode such a chunk; the number it had taken never arrives."""
     picture = types.ImageAssetPointerChunk(format="png", location="x.png", expected_tokens=3)
@@ -335,6 +365,15 @@ def test_a_repeated_request_is_done_once(client: tinker.ServiceClient, wire: Wir
     assert wire.metrics(first) == wire.metrics(first)  # readable again
     after = wire.metrics(wire.forward_backward(run, 3, batch()))["loss:sum"]
     assert (norm, after) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_repeated_creation_makes_one_run(client: tinker.ServiceClient, wire: Wire) -> None:
+    session = client.holder.get_session_id()
+    body = {"session_id": session, "model_seq_id": 5, "base_model": MODEL}
+    first = wire.promise("create_model", body)
+    assert wire.promise("create_model", body) == first
+    assert wire.result(first)["model_id"] == f"{session}:train:5"
+    assert wire.promise("create_model", body) == first
 
 
 def test_a_number_that_was_passed_over_comes_too_late(

@@ -1,7 +1,7 @@
 """The protocol spoken by hand: repeats, gaps and encodings that the SDK makes only by accident."""
 
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import httpx
 import zstandard
@@ -40,6 +40,13 @@ class Wire:
     def get(self, path: str) -> httpx.Response:
         return self._http.get(path)
 
+    def request(self, method: str, path: str, json: Any = None) -> httpx.Response:
+        return self._http.request(method, path, json=json)
+
+    def send(self, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
+        """Post a body as it is."""
+        return self._http.post(path, content=content, headers=headers)
+
     def promise(self, path: str, body: dict[str, Any]) -> str:
         """Submit; gives the id of the request."""
         return _request_id(self.post(path, body))
@@ -54,17 +61,12 @@ class Wire:
         zstd: bool = False,
     ) -> str:
         """Submit a batch as one request, however large; gives the id of the request."""
-        message = types.ForwardBackwardRequest(
-            model_id=run,
-            seq_id=seq,
-            forward_backward_input=types.ForwardBackwardInput(data=data, loss_fn=loss),
-        )
-        content = cast(bytes, forward_backward_request_to_proto(message).SerializeToString())
+        content = forward_backward_bytes(run, seq, data, loss)
         headers = {"content-type": PROTOBUF}
         if zstd:
             content = zstandard.compress(content)
             headers["content-encoding"] = "zstd"
-        return _request_id(self._http.post("forward_backward", content=content, headers=headers))
+        return _request_id(self.send("forward_backward", content, headers))
 
     def optim_step(self, run: str, seq: int, learning_rate: float = 1e-2) -> str:
         adam = {"learning_rate": learning_rate}
@@ -90,6 +92,18 @@ class Wire:
         answer = self.wait(request_id)
         assert answer.headers["content-type"] == PROTOBUF
         return dict(_Output.FromString(answer.content).metrics)
+
+
+def forward_backward_bytes(
+    run: str, seq: int, data: list[types.Datum], loss: types.LossFnType = "cross_entropy"
+) -> bytes:
+    """The body of a ``forward_backward`` as the SDK writes it."""
+    message = types.ForwardBackwardRequest(
+        model_id=run,
+        seq_id=seq,
+        forward_backward_input=types.ForwardBackwardInput(data=data, loss_fn=loss),
+    )
+    return forward_backward_request_to_proto(message).SerializeToString()
 
 
 def _request_id(answer: httpx.Response) -> str:

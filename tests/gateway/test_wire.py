@@ -42,7 +42,11 @@ def test_a_newer_clients_idle_fields_are_let_by() -> None:
         (wire.Sample, SAMPLE | {"record_stability_info": True}, "record_stability_info"),
         (wire.Sample, SAMPLE | {"base_model": "m"}, "sampling session"),
         (wire.Sample, SAMPLE | {"sampling_params": {"min_p": 0.1}}, "min_p"),
-        (wire.CreateModel, CREATE | {"optimizer_config": {"type": "dimuon"}}, "dimuon"),
+        (
+            wire.CreateModel,
+            CREATE | {"optimizer_config": {"type": "dimuon", "version": 1}},
+            "dimuon",
+        ),
         (wire.CreateModel, CREATE | {"lora_config": {"rank": 8, "dropout": 0.1}}, "dropout"),
         (wire.OptimStep, {"model_id": "m", "optimizer_params": {"type": "dimuon"}}, "adam_params"),
         (wire.SaveWeightsForSampler, SAVE | {"kind": "inflight"}, "kind"),

@@ -8,7 +8,7 @@ import structlog
 from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.commands import FolderSaved
-from twinkle_dask.errors import InvalidRequest, StorageFailed, TwinkleDaskError
+from twinkle_dask.errors import InvalidRequest, NotFound, StorageFailed, TwinkleDaskError
 from twinkle_dask.operations.lanes import LaneOperation
 from twinkle_dask.operations.requests import LoadState, SaveForSampler, SaveState, StartRun
 from twinkle_dask.operations.tickets import TicketBoard
@@ -48,6 +48,8 @@ class Finisher:
         self, run: RunRecord, operation: LaneOperation, outcome: bytes | TwinkleDaskError
     ) -> None:
         """Record one outcome and complete its ticket."""
+        if isinstance(operation.request, LoadState) and isinstance(outcome, StorageFailed):
+            outcome = await self._deleted(run, operation.request) or outcome
         if not isinstance(outcome, TwinkleDaskError):
             try:
                 result = await self._record(run, operation, outcome)
@@ -66,6 +68,14 @@ class Finisher:
             error=outcome.message,
         )
         await self._tickets.fail(operation.ticket, outcome)
+
+    async def _deleted(self, run: RunRecord, request: LoadState) -> NotFound | None:
+        """What to say if the checkpoint was deleted while the load waited for its turn."""
+        at = request.address
+        record = await self._store.checkpoints.get(run.tenant_id, at.run, at.kind, at.name)
+        if record is not None and record.path == request.folder:
+            return None
+        return NotFound(f"Checkpoint {at.kind}/{at.name} of run {at.run!r} was deleted meanwhile.")
 
     async def _record(self, run: RunRecord, operation: LaneOperation, result: bytes) -> bytes:
         match operation.request:

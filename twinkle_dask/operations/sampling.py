@@ -143,12 +143,16 @@ class Sampling:
         return await asyncio.shield(submit)
 
     async def cancel(self, tenant: Tenant, ticket: TicketId) -> None:
-        """Stop drawing; the ticket fails. A finished one stays as it is."""
+        """Stop drawing; the ticket fails. A finished one stays as it is.
+
+        Raises:
+            NotFound: No such ticket of this tenant.
+        """
         drawing = self._drawing.get(ticket)
-        if drawing is None:
+        if drawing is None or self._owners[ticket] != tenant.id:
+            if await self._store.journal.get(tenant.id, ticket) is None:
+                raise NotFound(f"There is no request {ticket!r}.")
             return
-        if self._owners.get(ticket) != tenant.id:
-            raise NotFound(f"There is no request {ticket!r}.")
         drawing.cancel()
         await self._tickets.fail(ticket, InvalidRequest("The request was cancelled."))
 
@@ -159,6 +163,10 @@ class Sampling:
                 continue
             try:
                 handle = await self._handle(record.tenant_id, record.sampler_id)
+            except NotFound as error:
+                self._tickets.open(record.tenant_id, record.ticket_id)
+                await self._tickets.fail(record.ticket_id, error)
+                continue
             except TwinkleDaskError as error:
                 log.warning("sample_not_recovered", ticket=record.ticket_id, error=error.message)
                 continue
@@ -189,7 +197,7 @@ class Sampling:
         if record.checkpoint_id is not None:
             checkpoint = await self._store.checkpoints.by_id(record.tenant_id, record.checkpoint_id)
             if checkpoint is None:
-                raise NotFound(f"The weights of sampler {record.id!r} were deleted.")
+                raise _deleted(record)
             folder = checkpoint.path
             if checkpoint.name is not None:
                 run = RunId(checkpoint.run_id)
@@ -259,13 +267,21 @@ class Sampling:
                 self._cancel_on(link, command)
                 raise
             except TwinkleDaskError as error:
-                await self._tickets.fail(ticket, error)
+                await self._tickets.fail(ticket, await self._reason(handle.record, error))
                 return
             try:
                 await self._tickets.finish(ticket, result)
             except StorageFailed as error:
                 await self._tickets.fail(ticket, error)
             return
+
+    async def _reason(self, sampler: SamplerRecord, error: TwinkleDaskError) -> TwinkleDaskError:
+        """Why a sample failed: weights that cannot be read may be ones that their owner deleted."""
+        if isinstance(error, StorageFailed) and sampler.checkpoint_id is not None:
+            weights = await self._store.checkpoints.by_id(sampler.tenant_id, sampler.checkpoint_id)
+            if weights is None:
+                return _deleted(sampler)
+        return error
 
     def _cancel_on(self, link: HostLink, command: Command) -> None:
         cancel = Command(
@@ -280,3 +296,7 @@ class Sampling:
 
 def _ticket(record: OperationRecord) -> Ticket:
     return Ticket(id=record.ticket_id, kind=TicketKind.SAMPLE, sequence_ids=record.sequence_ids)
+
+
+def _deleted(sampler: SamplerRecord) -> NotFound:
+    return NotFound(f"The weights of sampler {sampler.id!r} were deleted; create a new sampler.")

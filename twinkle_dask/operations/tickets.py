@@ -82,7 +82,12 @@ class TicketBoard:
         """
         entry = self._pending.get(ticket) or self._finished.get(ticket)
         if entry is None:
-            return await self._stored(tenant, ticket)
+            outcome = await self._stored(tenant, ticket)
+            if isinstance(outcome, Waiting):
+                # In the journal, but its model is not served at the moment. Held like any other,
+                # because the client polls again at once.
+                await asyncio.sleep(timeout_s)
+            return outcome
         if entry.tenant != tenant:
             raise _unknown(ticket)
         try:
@@ -114,8 +119,10 @@ class TicketBoard:
         record = await self._store.journal.get(tenant, ticket)
         if record is None:
             raise _unknown(ticket)
-        self._delivered.add(ticket)
-        return await self._read(record)
+        outcome = await self._read(record)
+        if not isinstance(outcome, Waiting):
+            self._delivered.add(ticket)
+        return outcome
 
     async def _read(self, record: OperationRecord) -> Outcome:
         match record.state:

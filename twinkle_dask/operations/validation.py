@@ -69,7 +69,7 @@ def batch(request: ForwardBackward, model: ServedModel) -> ForwardBackward:
 def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: str) -> None:
     _tokens(datum.tokens, model, where)
     length = len(datum.tokens)
-    terms = LOSSES[request.loss.name]
+    terms, loss = LOSSES[request.loss.name], str(request.loss.name)
     targets = datum.target_tokens
     if targets.ndim not in {1, 2} or len(targets) != length:
         raise InvalidRequest(
@@ -77,17 +77,17 @@ def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: st
             "position i of the input predicts target i, so the lengths must agree."
         )
     if targets.ndim == 2 and not terms.many_targets:
-        raise InvalidRequest(f"{where}: loss {request.loss.name!r} takes one target a position.")
+        raise InvalidRequest(f"{where}: loss {loss!r} takes one target a position.")
     if targets.size == 0:
         raise InvalidRequest(f"{where}: target_tokens is empty.")
     _in_vocabulary(targets, model, f"{where}: target_tokens")
     names = datum.loss_inputs.keys()
     if missing := sorted(terms.required - names):
-        raise InvalidRequest(f"{where}: loss {request.loss.name!r} needs {missing[0]!r}.")
+        raise InvalidRequest(f"{where}: loss {loss!r} needs {missing[0]!r}.")
     if unknown := sorted(names - terms.required - terms.optional):
         known = ", ".join(sorted({"target_tokens", *terms.required, *terms.optional}))
         raise InvalidRequest(
-            f"{where}: loss {request.loss.name!r} has no input {unknown[0]!r}; it takes: {known}."
+            f"{where}: loss {loss!r} has no input {unknown[0][:60]!r}; it takes: {known}."
         )
     for name, values in datum.loss_inputs.items():
         if values.shape != targets.shape:

@@ -86,7 +86,7 @@ class TorchSampler:
         self._schedule = Scheduler(
             self._kv,
             max_sequences=config.max_sequences,
-            prefill_tokens=config.prefill_tokens or (512 if on_cpu else 4096),
+            prefill_tokens=config.prefill_tokens or (256 if on_cpu else 4096),
         )
         self._passes = Passes(base, masks)
         self._adapters = AdapterStore(base, max_bytes=config.max_adapter_bytes)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from twinkle_dask.model.lora import BatchPlan, LoraTensors
 from twinkle_dask.sampler.kv_cache import KvLayout, SlotCache, aligned
-from twinkle_dask.sampler.sequences import Sequence, plan_of
+from twinkle_dask.sampler.plans import PlanMaker, segments_of
+from twinkle_dask.sampler.sequences import Sequence
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class Lane:
         self.rows: list[Sequence] = []
         self.version = 0
         self._groups: list[_Group] = []
+        self._plans = PlanMaker()
 
     @property
     def longest(self) -> int:
@@ -46,7 +48,10 @@ class Lane:
 
     def plan(self, rows: slice) -> BatchPlan:
         """Which of these rows wear which adapter."""
-        return plan_of([sequence.adapter for sequence in self.rows[rows]])
+        adapters = [sequence.adapter for sequence in self.rows[rows]]
+        if len(adapters) == len(self.rows):
+            return self._plans.plan(adapters)
+        return BatchPlan(segments_of(adapters))
 
     def insert(self, sequences: Several[Sequence], source: SlotCache, source_row: int) -> None:
         """Add sequences of one adapter and one length, copying what ``source`` has of them."""

@@ -16,8 +16,9 @@ from twinkle_dask.sampler.drawing import DrawRules, draw
 from twinkle_dask.sampler.kv_cache import SlotCache
 from twinkle_dask.sampler.lanes import Lane
 from twinkle_dask.sampler.masks import DecodeMasks
+from twinkle_dask.sampler.plans import segments_of
 from twinkle_dask.sampler.scoring import score
-from twinkle_dask.sampler.sequences import Job, Sequence, plan_of
+from twinkle_dask.sampler.sequences import Job, Sequence
 
 # A request for a thousand samples draws their first tokens from one row of logits, repeated.
 _ROWS_PER_DRAW = 64
@@ -55,7 +56,7 @@ class Passes:
             raise ValueError("a prefill needs a cache")
         pieces = [job.tokens[past : past + length] for job in jobs]
         padded = [piece + [0] * (length - len(piece)) for piece in pieces]
-        plan = plan_of([job.request.adapter for job in jobs])
+        plan = BatchPlan(segments_of([job.request.adapter for job in jobs]))
         hidden_BLD = chunk_hidden(base, plan, cache, padded, past)
         ends = [len(piece) - 1 for piece in pieces]
         for row, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
@@ -63,7 +64,8 @@ class Passes:
             targets = job.tokens[past + 1 : job.done + 1]
             if job.scores is not None and targets:
                 hidden_ND = hidden_BLD[row, : len(targets)]
-                scored = score(base.head, hidden_ND, targets, job.request.plan)
+                its_plan = BatchPlan(segments_of([job.request.adapter]))
+                scored = score(base.head, hidden_ND, targets, its_plan)
                 job.scores[past + 1 : past + 1 + len(targets)] = scored
         waiting = [
             (row, sequence)

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from twinkle_dask.model.lora import BatchPlan, LoraTensors, Segment
+from twinkle_dask.model.lora import LoraTensors
 from twinkle_dask.sampler.drawing import Uniforms
 from twinkle_dask.sampler.fairness import Account
 from twinkle_dask.sampler.interface import SampleWork
@@ -94,11 +94,6 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list[Sequence])
     unfinished: int = 0
 
-    @property
-    def plan(self) -> BatchPlan:
-        """The adapter for a pass of one row."""
-        return plan_of([self.adapter])
-
     def result(self) -> SampleResult:
         """The finished request as a value."""
         return SampleResult(
@@ -138,15 +133,3 @@ class Job:
 
 
 JobAccount: TypeAlias = Account[Job]
-
-
-def plan_of(adapters: list[LoraTensors | None]) -> BatchPlan:
-    """The plan for rows that wear these adapters; rows of one adapter must be neighbours."""
-    segments: list[Segment] = []
-    start = 0
-    for row in range(1, len(adapters) + 1):
-        if row == len(adapters) or adapters[row] is not adapters[start]:
-            if (adapter := adapters[start]) is not None:
-                segments.append(Segment(rows=slice(start, row), adapter=adapter))
-            start = row
-    return BatchPlan(tuple(segments))

@@ -109,13 +109,18 @@ class OptimizerConfig(Asked):
 
     type: str = "adamw"
 
-    @model_validator(mode="after")
-    def _only_adamw(self) -> "OptimizerConfig":
-        if self.type != "adamw":
+    @model_validator(mode="before")
+    @classmethod
+    def _only_adamw(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body  # pydantic says what is wrong with it
+        fields = cast(dict[str, Any], body)
+        # Before anything else: the settings of another optimizer are no mistakes of their own.
+        if (name := fields.get("type", "adamw")) != "adamw":
             raise ValueError(
-                f"optimizer {self.type[:60]!r} is not supported. This server trains with 'adamw'."
+                f"optimizer {str(name)[:60]!r} is not supported. This server trains with 'adamw'."
             )
-        return self
+        return fields
 
 
 class CreateModel(Asked):
@@ -288,15 +293,12 @@ class CreateSamplingSession(Asked):
         return self
 
 
-StopString = Annotated[str, Field(min_length=1)]
-
-
 class SamplingParams(Asked):
     """How to draw; ``stop`` absent and ``stop`` empty differ."""
 
     max_tokens: int | None = None
     seed: int | None = None
-    stop: StopString | list[StopString] | list[int] | None = None
+    stop: str | list[str] | list[int] | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
