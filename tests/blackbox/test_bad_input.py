@@ -104,7 +104,7 @@ def of(
     **inputs: Any,
 ) -> types.Datum:
     """A datum that is right but for what is given."""
-    right = datum(TOKENS, weights=None, **inputs)
+    right = datum(TOKENS, **({"weights": None} | inputs))
     loss_inputs = dict(right.loss_fn_inputs)
     if targets is not None:
         array = np.asarray(targets, np.int64)

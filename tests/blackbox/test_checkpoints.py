@@ -1,7 +1,8 @@
 """Saving, resuming, sampling from what was saved, and the records of it, through the SDK."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,11 +46,25 @@ def train_on(run: tinker.TrainingClient) -> None:
         train_one_step(run, batch(seed=seed), lr=5e-2)
 
 
-def drawn(sampler: tinker.SamplingClient) -> tuple[list[int], list[float]]:
-    """What it says to the prompt, with its logprobs, which tell adapters apart."""
+@dataclass(frozen=True)
+class Drawn:
+    """What a sampler says to the prompt; equal within rounding, far less than adapters differ."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Drawn)
+            and self.tokens == other.tokens
+            and self.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        )
+
+
+def drawn(sampler: tinker.SamplingClient) -> Drawn:
     (sequence,) = sampler.sample(PROMPT, 1, GREEDY).result().sequences
     assert sequence.logprobs is not None
-    return list(sequence.tokens), list(sequence.logprobs)
+    return Drawn(list(sequence.tokens), list(sequence.logprobs))
 
 
 def load(run: tinker.TrainingClient, path: str, *, with_optimizer: bool = False) -> str | None:
@@ -57,10 +72,8 @@ def load(run: tinker.TrainingClient, path: str, *, with_optimizer: bool = False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         if with_optimizer:
-            future = run.load_state_with_optimizer(path)  # pyright: ignore[reportDeprecated]
-        else:
-            future = run.load_state(path)  # pyright: ignore[reportDeprecated]
-    return future.result().path
+            return run.load_state_with_optimizer(path).result().path  # pyright: ignore[reportDeprecated]
+        return run.load_state(path).result().path  # pyright: ignore[reportDeprecated]
 
 
 def known(rest: tinker.RestClient, run: str) -> dict[str, types.Checkpoint]:

@@ -2,10 +2,10 @@
 
 import pytest
 import tinker
-import twinkle_dask_client as light
-from twinkle_dask import LocalService
 
+import twinkle_dask_client as light
 from tests.blackbox.conftest import ALIAS, KEY, MODEL, OTHER_KEY
+from twinkle_dask import LocalService
 
 
 def test_health_capabilities_and_runs(service: LocalService, client: tinker.ServiceClient) -> None:

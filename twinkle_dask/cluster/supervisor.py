@@ -18,7 +18,7 @@ from distributed import Client
 
 from twinkle_dask import packing
 from twinkle_dask.cluster.commands import HostConfig, Role
-from twinkle_dask.cluster.embedded import start_embedded, use_settings
+from twinkle_dask.cluster.embedded import start_embedded, stop_embedded, use_settings
 from twinkle_dask.cluster.host import Host
 from twinkle_dask.cluster.link import HostLink, call_actor, open_answer
 from twinkle_dask.cluster.placement import Slot, plan, sources
@@ -127,7 +127,7 @@ class Supervisor:
             self._client.unsubscribe_topic("all")
             await self._client.close()
         if self._cluster is not None:
-            await self._cluster.close(timeout=2)
+            await stop_embedded(self._cluster)
 
     def _with_role(self, source: str, role: Role) -> list[HostLink]:
         return [
