@@ -13,7 +13,6 @@ log = structlog.stdlib.get_logger(__name__)
 # Background traffic: one line each would drown the rest.
 _QUIET = ("/retrieve_future", "/session_heartbeat", "/telemetry", "/healthz", "/dynamic_config")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_BOUND = ("request_id", "tenant", "run", "error")
 
 
 class AccessLog:
@@ -39,6 +38,8 @@ class AccessLog:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        # A connection on which a large body was read hands that request's context to later ones.
+        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self._app(scope, receive, send_with_id)
@@ -50,4 +51,3 @@ class AccessLog:
             write(
                 "request", method=scope["method"], path=path, status=status, duration_ms=duration_ms
             )
-            structlog.contextvars.unbind_contextvars(*_BOUND)

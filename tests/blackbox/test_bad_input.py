@@ -448,7 +448,7 @@ def test_another_tenants_objects_are_not_found(
         with pytest.raises(tinker.NotFoundError, match="There is no"):
             clients[1].create_sampling_client(model_path=path).result()
     # All of it is still there.
-    assert wire.result(ticket)
+    assert wire.wait(ticket).headers["content-type"] == PROTOBUF
     assert wire.request("DELETE", f"{checkpoints}/weights/private").status_code == 200
 
 
@@ -534,7 +534,9 @@ def test_missing_features_are_refused_by_name(
         ).result(),
         "optimizer_params": lambda: run.optim_step(types.DimuonParams(learning_rate=1e-3)).result(),
         "save_weights_external": lambda: run.save_weights_external("e").result(),
-        "copy_weights": lambda: mine.copy_weights(f"tinker://{run.model_id}/weights/ck").result(),
+        "copy_weights": lambda: mine.copy_weights(
+            f"tinker://{run.model_id}/weights/ck", "project"
+        ).result(),
         "'image'": lambda: sampler.sample(picture, 1, types.SamplingParams(max_tokens=1)).result(),
     }
     for name, attempt in attempts.items():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 import tinker
 from tinker import types
@@ -57,7 +58,7 @@ class Drawn:
         return (
             isinstance(other, Drawn)
             and self.tokens == other.tokens
-            and self.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+            and np.allclose(self.logprobs, other.logprobs, atol=1e-4)
         )
 
 

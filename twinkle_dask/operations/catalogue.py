@@ -43,7 +43,7 @@ class Catalogue:
         model = self._models.get(name)
         if model is None:
             served = ", ".join(sorted(self._models))
-            raise InvalidRequest(f"Model {name!r} is not served here. Served: {served}.")
+            raise InvalidRequest(f"Model {name[:80]!r} is not served here. Served: {served}.")
         return model
 
     def find(self, name: str) -> ServedModel | None:

@@ -144,7 +144,8 @@ def _array_of(tensor: wire.TensorData, growth: Growth) -> Array:
     if tensor.dtype == "int64":
         values = _integers(tensor.data, "data")
     else:
-        values = _numbers(tensor.data, "data").astype(np.float32)
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused by name
+            values = _numbers(tensor.data, "data").astype(np.float32)
     if tensor.sparse_crow_indices is None and tensor.sparse_col_indices is None:
         return dense(values, tensor.shape)
     crow = _integers(tensor.sparse_crow_indices, "sparse_crow_indices")

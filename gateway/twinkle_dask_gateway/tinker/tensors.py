@@ -34,8 +34,8 @@ class Growth:
         """
         if num_bytes > self._left:
             raise InvalidRequest(
-                f"The sparse tensors of this request grow to more than {self._max >> 20} MiB. "
-                "Send fewer data at a time."
+                f"The sparse tensors of this request grow to more than {self._max >> 20} MiB; "
+                "send fewer data at a time"
             )
         self._left -= num_bytes
 

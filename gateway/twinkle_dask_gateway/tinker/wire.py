@@ -26,6 +26,7 @@ _HINTS = {
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
+RunSeq = Annotated[int, Field(ge=0, lt=2**31)]  # in a run's order; as wide as in protobuf
 
 
 class Told(BaseModel):
@@ -155,7 +156,7 @@ class OptimStep(Asked):
     """``POST optim_step``."""
 
     model_id: Id
-    seq_id: Seq | None = None
+    seq_id: RunSeq | None = None
     adam_params: AdamParams
 
 
@@ -199,7 +200,7 @@ class ForwardBackward(Asked):
     """``POST forward_backward``."""
 
     model_id: Id
-    seq_id: Seq | None = None
+    seq_id: RunSeq | None = None
     batch: ForwardBackwardInput = Field(alias="forward_backward_input")
     backward: ClassVar[bool] = True
 
@@ -208,7 +209,7 @@ class Forward(Asked):
     """``POST forward``."""
 
     model_id: Id
-    seq_id: Seq | None = None
+    seq_id: RunSeq | None = None
     batch: ForwardBackwardInput = Field(alias="forward_input")
     backward: ClassVar[bool] = False
 
@@ -221,7 +222,7 @@ class SaveWeights(Asked):
 
     model_id: Id
     path: str
-    seq_id: Seq | None = None
+    seq_id: RunSeq | None = None
     ttl_seconds: int | None = None
     overwrite: bool = False
     user_metadata: dict[str, Any] | None = None
@@ -234,7 +235,7 @@ class SaveWeightsForSampler(Asked):
     path: str | None = None
     sampling_session_seq_id: Seq | None = None
     kind: str | None = "snapshot"
-    seq_id: Seq | None = None
+    seq_id: RunSeq | None = None
     ttl_seconds: int | None = None
     user_metadata: dict[str, Any] | None = None
 
@@ -253,7 +254,7 @@ class LoadWeights(Asked):
     """Into a run (``model_id``, ``seq_id``), or into a new one (``session_id``, ...)."""
 
     model_id: Id | None = None
-    seq_id: Seq | None = None
+    seq_id: RunSeq | None = None
     session_id: Id | None = None
     model_seq_id: Seq | None = None
     base_model: str | None = None
