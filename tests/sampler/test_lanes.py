@@ -158,12 +158,13 @@ def test_prefills_count_until_their_last_row_is_given_back() -> None:
     assert kv.num_bytes == 0
 
 
-def test_what_is_beyond_a_row_is_zero_after_growing() -> None:
+def test_nothing_is_left_of_a_row_not_even_of_a_failed_pass() -> None:
     kv = KvMemory(LAYOUT, max_bytes=2**22, ceilings=())
     (lane,) = kv.lanes
     assert kv.make_room(lane, rows=1, length=5)
     lane.insert([sequence(None, 4, 0)], prefilled(4, float("nan")), 1)
     write(lane.cache, 0, 4, 5, float("inf"))  # left by a pass that failed
     lane.remove(lane.rows[0])
+    assert not any(map(any, contents(lane.cache, lane.cache.slots)))
     assert kv.make_room(lane, rows=20, length=300)
     assert not any(map(any, contents(lane.cache, lane.cache.slots)))
