@@ -5,10 +5,13 @@ send such a thing, it is written by hand. After every test here, the run that wa
 of another tenant still do exactly what they did before.
 """
 
-from collections.abc import Callable, Generator
+import json
+from collections.abc import Callable, Generator, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -33,24 +36,28 @@ UNUSED_SEQ = 1_000_000
 NAN, INFINITY = float("nan"), float("inf")
 
 
+STILL = types.AdamParams(learning_rate=0)  # a step that counts and changes nothing
+
+
 class Runs:
     """A run that is misused and one of another tenant, and what they say when they are well."""
 
     def __init__(self, mine: tinker.TrainingClient, other: tinker.TrainingClient) -> None:
         self.mine = mine
         self.other = other
-        self._well = self._losses()
+        self._well = [train_one_step(run, BATCH, lr=0) for run in (mine, other)]
 
     def check(self) -> None:
         """Nothing was added to either of them, and both still work."""
-        for run in (self.mine, self.other):
-            metrics = run.optim_step(types.AdamParams(learning_rate=0)).result().metrics
-            assert metrics == {"grad_norm:mean": 0.0}
-        assert self._losses() == pytest.approx(self._well, rel=1e-6)
-
-    def _losses(self) -> list[float]:
-        # Steps that count and change nothing.
-        return [train_one_step(run, BATCH, lr=0) for run in (self.mine, self.other)]
+        runs = (self.mine, self.other)
+        left = [run.optim_step(STILL) for run in runs]
+        trained = [run.forward_backward(BATCH, "cross_entropy") for run in runs]
+        stepped = [run.optim_step(STILL) for run in runs]
+        assert [step.result().metrics for step in left] == [{"grad_norm:mean": 0.0}] * 2
+        losses = [output.result().metrics["loss:sum"] for output in trained]
+        assert losses == pytest.approx(self._well, rel=1e-6)
+        for step in stepped:
+            assert (step.result().metrics or {})["grad_norm:mean"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -526,17 +533,18 @@ def test_missing_features_are_refused_by_name(
     run: tinker.TrainingClient,
     sampler: tinker.SamplingClient,
     wire: Wire,
+    service: LocalService,
 ) -> None:
     picture = types.ModelInput(chunks=[IMAGE])
+    rest = tinker.RestClient(base_url=service.url, api_key=KEY)
+    saved = f"tinker://{run.model_id}/weights/ck"
     attempts: dict[str, Callable[[], Any]] = {
         "dimuon": lambda: mine.create_lora_training_client(
             MODEL, optimizer=types.DimuonOptimizerConfig()
         ).result(),
         "optimizer_params": lambda: run.optim_step(types.DimuonParams(learning_rate=1e-3)).result(),
         "save_weights_external": lambda: run.save_weights_external("e").result(),
-        "copy_weights": lambda: mine.copy_weights(
-            f"tinker://{run.model_id}/weights/ck", "project"
-        ).result(),
+        "copy_weights": lambda: rest.copy_weights(saved, "project").result(),
         "'image'": lambda: sampler.sample(picture, 1, types.SamplingParams(max_tokens=1)).result(),
     }
     for name, attempt in attempts.items():
@@ -628,6 +636,7 @@ def test_a_field_of_the_wrong_kind_is_refused_by_name(
         ({"model_id": None}, "model_id"),
         ({"seq_id": -1}, "seq_id"),
         ({"seq_id": "one"}, "seq_id"),
+        ({"seq_id": 2**31}, "seq_id"),
         ({"seq_id": 2**70}, "seq_id"),
         ({"stray": 1}, "stray"),
     ]
@@ -662,6 +671,87 @@ def test_a_sparse_bomb_is_refused(run: tinker.TrainingClient) -> None:
     bad = replace(of(), loss_fn_inputs={"target_tokens": huge})
     with pytest.raises(tinker.BadRequestError, match=r"target_tokens.*MiB"):
         run.forward_backward([bad], "cross_entropy").result()
+
+
+# ---- anything
+
+
+STRANGE: tuple[Any, ...] = (
+    None, True, -1, 1.5, 2**63, 1e308, "", "\0", "\ud800", "x" * 70_000, [], [None], {}, {"a": [1]},
+)  # fmt: skip
+
+
+def everywhere(body: Any, value: Any) -> Iterator[Any]:
+    """Copies of a body, each with ``value`` in the place of one part of it."""
+    yield value
+    parts: dict[Any, Any] = {}
+    if isinstance(body, dict | list):
+        items = cast(list[Any], body)
+        parts = dict(enumerate(items)) if isinstance(body, list) else dict(cast(Any, body))
+    for key, part in parts.items():
+        for other in everywhere(part, value):
+            changed = copy(cast(Any, body))
+            changed[key] = other
+            yield changed
+
+
+def test_no_strange_value_is_our_failure(wire: Wire) -> None:
+    """Whatever stands anywhere in a body, nothing breaks, and nothing makes the SDK repeat it."""
+    session = session_of(wire)
+    create = {"session_id": session, "base_model": MODEL}
+    run, sampler = f"{session}:train:0", f"{session}:sample:0"
+    lora = {"rank": 1, "seed": 1, "train_attn": False, "train_unembed": False}
+    wire.result(wire.promise("create_model", create | {"model_seq_id": 0, "lora_config": lora}))
+    wire.post("create_sampling_session", create | {"sampling_session_seq_id": 0})
+    adam = {"learning_rate": 0.0, "beta1": 0.9, "eps": 1e-8, "grad_clip_norm": 0.0}
+    tensor = {"data": [1, 2], "dtype": "int64", "shape": [2]}
+    chunk = {"type": "encoded_text", "tokens": [1, 2]}
+    batch_: dict[str, Any] = {
+        "loss_fn": "cross_entropy",
+        "loss_fn_config": {},
+        "data": [{"model_input": {"chunks": [chunk]}, "loss_fn_inputs": {"target_tokens": tensor}}],
+    }
+    bodies: dict[str, dict[str, Any]] = {
+        "client/config": {"sdk_version": "0"},
+        "create_session": {"tags": ["a"], "user_metadata": {"a": "b"}, "display_name": "d"},
+        "session_heartbeat": {"session_id": session},
+        "telemetry": {"events": [{}]},
+        "create_model": create | {"model_seq_id": 1, "lora_config": lora, "user_metadata": {}},
+        "get_info": {"model_id": run},
+        "forward": {"model_id": run, "forward_input": batch_},
+        "optim_step": {"model_id": run, "seq_id": 5, "adam_params": adam},
+        "save_weights": {"model_id": run, "path": "a", "ttl_seconds": 3600, "overwrite": True},
+        "save_weights_for_sampler": {"model_id": run, "path": "a", "kind": "snapshot"},
+        "load_weights": {"model_id": run, "path": f"tinker://{run}/weights/a", "optimizer": True},
+        "weights_info": {"tinker_path": f"tinker://{run}/weights/a"},
+        "create_sampling_session": create | {"sampling_session_seq_id": 1, "model_path": None},
+        "asample": sample_of(sampler) | {"seq_id": 1, "num_samples": 1},
+        "retrieve_future": {"request_id": "none"},
+        "cancel_future": {"request_id": "none"},
+        f"sessions/{session}x/finish": {"reason": {"type": "success"}, "detail": "x"},
+    }
+    for path, body in bodies.items():
+        for value in STRANGE:
+            for strange in everywhere(body, value):
+                content = json.dumps(strange).encode()
+                answer = wire.send(path, content, {"content-type": "application/json"})
+                if answer.status_code != 200:
+                    assert answer.status_code in {400, 404, 422}, (path, strange, answer.text)
+                    assert answer.json()["detail"]
+
+
+def test_no_damaged_batch_is_our_failure(mine: tinker.ServiceClient, wire: Wire) -> None:
+    # A run of its own: some damage leaves a batch that is right, and may give it any place.
+    run = mine.create_lora_training_client(MODEL, rank=1).result()
+    whole = forward_backward_bytes(run.model_id, 1, BATCH)
+    random = Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(random.randint(1, 3)):
+            place = random.randrange(len(damaged))
+            damaged[place : place + random.randrange(3)] = random.randbytes(random.randrange(3))
+        answer = wire.send("forward_backward", bytes(damaged), {"content-type": PROTOBUF})
+        assert answer.status_code in {200, 400, 404}, answer.text
 
 
 # ---- help

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 import pytest
+import structlog
 
 from tests.gateway.in_memory import KEY, InMemoryService
 from twinkle_dask.errors import StartupError
@@ -99,3 +100,21 @@ def test_an_impossible_address_is_named(config: GatewayConfig) -> None:
 def test_a_prefix_is_a_path() -> None:
     with pytest.raises(ValueError, match="url_prefix"):
         GatewayConfig(url_prefix="a/")
+
+
+async def test_a_log_line_is_about_its_own_request(world: InMemoryService) -> None:
+    """Also on a connection that was paused while a large body arrived."""
+    config = GatewayConfig(port=0, max_body_bytes=10_000_000)
+    merge = [structlog.contextvars.merge_contextvars]
+    with structlog.testing.capture_logs(processors=merge) as lines:
+        async with serving(world, config) as (port, _), httpx.AsyncClient() as client:
+            url = f"http://127.0.0.1:{port}/api/v1"
+            large = {"model_id": "large", "seq_id": 1, "pad": "x" * 1_000_000}
+            refused = await client.post(f"{url}/optim_step", json=large, headers=HEADERS)
+            assert refused.status_code == 400
+            assert (await client.get(f"{url}/sessions", headers=HEADERS)).status_code == 200
+    first, second = (line for line in lines if line["event"] == "request")
+    assert (first["status"], first["run"]) == (400, "large")
+    assert "pad" in first["error"]
+    assert second["status"] == 200
+    assert not {"run", "error"} & second.keys()

@@ -75,11 +75,16 @@ def test_a_refusal_never_echoes_the_input() -> None:
         assert len(refused.value.message) < 1000
 
 
-@pytest.mark.parametrize("seq", [-1, 2**63, 1.5, "x"])
-def test_places_are_64_bits(seq: Any) -> None:
-    with pytest.raises(InvalidRequest, match="seq_id"):
-        check(wire.OptimStep, STEP | {"seq_id": seq})
-    assert check(wire.OptimStep, STEP | {"seq_id": 2**63 - 1}).seq_id == 2**63 - 1
+@pytest.mark.parametrize(
+    ("model", "body", "bits"), [(wire.OptimStep, STEP, 31), (wire.Sample, SAMPLE, 63)]
+)
+def test_places_are_numbers_of_so_many_bits(
+    model: type[wire.OptimStep | wire.Sample], body: dict[str, Any], bits: int
+) -> None:
+    for wrong in (-1, 2**bits, 1.5, "x"):
+        with pytest.raises(InvalidRequest, match="seq_id"):
+            check(model, body | {"seq_id": wrong})
+    assert check(model, body | {"seq_id": 2**bits - 1}).seq_id == 2**bits - 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -11,6 +11,7 @@ from twinkle_dask.errors import RequestError
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.values import Tenant
 from twinkle_dask.types import RunId
+from twinkle_dask_gateway.tinker.wire import MAX_RUN_SEQ
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class Place:
     def of(self, body: Mapping[str, Any]) -> None:
         """Take it from a JSON body, as far as it is there."""
         run, seq = body.get("model_id"), body.get("seq_id")
-        if isinstance(run, str) and isinstance(seq, int):
+        if isinstance(run, str) and isinstance(seq, int) and seq <= MAX_RUN_SEQ:
             self.at(run, seq)
 
     def at(self, run: str, seq: int) -> None:

@@ -26,7 +26,8 @@ _HINTS = {
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
-RunSeq = Annotated[int, Field(ge=0, lt=2**31)]  # in a run's order; as wide as in protobuf
+MAX_RUN_SEQ = 2**31 - 1  # protobuf has no more
+RunSeq = Annotated[int, Field(ge=0, le=MAX_RUN_SEQ)]
 
 
 class Told(BaseModel):

