@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from twinkle_dask.errors import StartupError
+from twinkle_dask.errors import StartupError, TwinkleDaskError
 
 app = typer.Typer(
     help="Train and sample LoRA adapters of one shared base model over HTTP.",
@@ -81,7 +81,7 @@ def serve(
 
     try:
         asyncio.run(run(loaded, ready=ready, until_stdin_closes=until_stdin_closes))
-    except StartupError as error:
+    except TwinkleDaskError as error:  # StorageFailed too: a database that cannot be reached
         _fail(error)
 
 
@@ -89,6 +89,7 @@ def serve(
 def check_config(model: Models = None, config: ConfigFile = None) -> None:
     """Read the configuration as ``serve`` would, and say what is wrong or print the result."""
     loaded = _load(config, {"models": _models(model)})
+    from twinkle_dask.operations.tenants import key_hint
     from twinkle_dask_gateway.serve import check
 
     try:
@@ -96,7 +97,7 @@ def check_config(model: Models = None, config: ConfigFile = None) -> None:
     except StartupError as error:
         _fail(error)
     shown = loaded.model_dump(mode="json")
-    shown["api_keys"] = [f"...{key[-4:]}" for key in loaded.api_keys]
+    shown["api_keys"] = [f"...{key_hint(key)}" for key in loaded.api_keys]
     import yaml
 
     print(yaml.safe_dump(shown, sort_keys=False), end="")
@@ -151,7 +152,7 @@ def _models(pairs: list[str] | None) -> dict[str, str] | None:
     return models
 
 
-def _fail(error: StartupError) -> NoReturn:
+def _fail(error: TwinkleDaskError) -> NoReturn:
     print(f"twinkle-dask: {error.message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

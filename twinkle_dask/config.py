@@ -6,6 +6,7 @@ names the nearest known one. ``docs/configuration.md`` lists every setting.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from twinkle_dask.errors import StartupError
 
 ENVIRONMENT_PREFIX = "TWINKLE_DASK_"
+
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_HOST_AND_PORT = re.compile(r".+:[0-9]{1,5}")
 
 
 class Settings(BaseModel):
@@ -56,16 +60,24 @@ class LimitConfig(Settings):
     Attributes:
         max_body_bytes: Largest request body, after decompression.
         max_rank: Largest LoRA rank.
+        max_data: Most data in one ``forward_backward``.
         max_samples: Largest ``num_samples``.
         max_queued_operations: Operations waiting in one run.
+        max_queued_bytes: Of requests that wait or are in progress, per tenant.
+        max_runs: Runs of sessions that are alive, per tenant.
+        max_samples_in_flight: Sample requests that wait or are drawn, per tenant.
         session_timeout_s: A session without heartbeat for so long expires; its runs leave the
             hosts' memory and stay in the store.
     """
 
     max_body_bytes: int = Field(default=256 * 2**20, gt=0)
     max_rank: int = Field(default=256, gt=0)
+    max_data: int = Field(default=16384, gt=0)
     max_samples: int = Field(default=1024, gt=0)
     max_queued_operations: int = Field(default=4096, gt=0)
+    max_queued_bytes: int = Field(default=2 * 2**30, gt=0)
+    max_runs: int = Field(default=4096, gt=0)
+    max_samples_in_flight: int = Field(default=20_000, gt=0)
     session_timeout_s: float = Field(default=1800.0, gt=0)
 
 
@@ -160,6 +172,30 @@ class ServiceConfig(Settings):
                 raise ValueError("an API key starts with 'tml-' and has at least 8 characters")
         return value
 
+    @field_validator("url_prefix")
+    @classmethod
+    def _prefix_form(cls, value: str) -> str:
+        if value and not _PREFIX.fullmatch(value):
+            raise ValueError(f"a prefix looks like '/a/b', not {value!r}")
+        return value
+
+    @field_validator("dashboard")
+    @classmethod
+    def _dashboard_form(cls, value: str | None) -> str | None:
+        # Dask takes an address without a host for all interfaces.
+        if value is not None and not _HOST_AND_PORT.fullmatch(value):
+            raise ValueError(f"the dashboard's address is HOST:PORT, not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_dashboard(self) -> "ServiceConfig":
+        if self.dashboard is not None and self.scheduler is not None:
+            raise ValueError(
+                "dashboard is for the embedded cluster; with scheduler, the dashboard is that "
+                "scheduler's own (dask scheduler --dashboard-address HOST:PORT)"
+            )
+        return self
+
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
@@ -241,7 +277,8 @@ def _explain(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             lines.append(f"Setting {where!r} is missing.")
         else:
-            lines.append(f"Setting {where!r}: {problem['msg']}.")
+            what = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"Setting {where!r}: {what}." if where else f"{what.capitalize()}.")
     return "\n".join(lines)
 
 

@@ -5,8 +5,18 @@ ours. Messages are written for the tenant; fields are for programs. No class kno
 each face holds one table from class to status. Every class survives ``pickle`` because ``args``
 holds exactly what ``__init__`` takes.
 
+A fault of ours carries the *incident* under which whoever saw it first logged it, so that what the
+tenant reports finds the trace.
+
 To add a failure, add a leaf here; the tests then demand an entry in each face's table.
 """
+
+import secrets
+
+
+def new_incident() -> str:
+    """An id for a log entry and the ``ServiceFault`` that comes of it."""
+    return secrets.token_hex(6)
 
 
 class TwinkleDaskError(Exception):

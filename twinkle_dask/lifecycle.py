@@ -1,4 +1,4 @@
-"""States of sessions, runs and tickets, as tables: ``state -> event -> state``. No I/O.
+"""States of sessions and lanes, as tables: ``state -> event -> state``. No I/O.
 
 ``docs/architecture.md`` shows these tables as diagrams. Callers do what a move asks for; an
 illegal move raises, because it means that the caller's picture of the world is wrong.
@@ -43,21 +43,6 @@ class LaneEvent(StrEnum):
     CLOSE = "close"
 
 
-class TicketState(StrEnum):
-    """A result to come."""
-
-    PENDING = "pending"
-    DONE = "done"
-    FAILED = "failed"
-
-
-class TicketEvent(StrEnum):
-    """What happens to a ticket."""
-
-    FINISH = "finish"
-    FAIL = "fail"
-
-
 SESSION: Mapping[SessionState, Mapping[SessionEvent, SessionState]] = {
     SessionState.ACTIVE: {
         SessionEvent.FINISH: SessionState.FINISHED,
@@ -89,15 +74,6 @@ LANE: Mapping[LaneState, Mapping[LaneEvent, LaneState]] = {
         LaneEvent.HOST_LOST: LaneState.CLOSED,
         LaneEvent.CLOSE: LaneState.CLOSED,
     },
-}
-
-TICKET: Mapping[TicketState, Mapping[TicketEvent, TicketState]] = {
-    TicketState.PENDING: {
-        TicketEvent.FINISH: TicketState.DONE,
-        TicketEvent.FAIL: TicketState.FAILED,
-    },
-    TicketState.DONE: {},
-    TicketState.FAILED: {},
 }
 
 State = TypeVar("State", bound=StrEnum)

@@ -59,7 +59,9 @@ def loss_spec(name: str, config: Mapping[str, float]) -> LossSpec:
     defaults = LOSSES[loss].defaults
     if unknown := sorted(config.keys() - defaults.keys()):
         takes = ", ".join(sorted(defaults)) or "no settings"
-        raise InvalidRequest(f"Loss {name!r} has no setting {unknown[0][:60]!r}; it takes: {takes}.")
+        raise InvalidRequest(
+            f"Loss {name!r} has no setting {unknown[0][:60]!r}; it takes: {takes}."
+        )
     for key, value in config.items():
         if not abs(value) < float("inf"):
             raise InvalidRequest(f"Setting {key!r} of loss {name!r} must be finite, not {value}.")

@@ -6,7 +6,7 @@ number may never come at all because it was refused or failed in the client. So 
 
 * An operation starts only after every lower number has started or is known never to come.
 * A number that was refused is passed over at once. A number that just stays away is passed over
-  when nothing has arrived for ``grace_s`` and nobody is in the middle of sending.
+  when nothing has arrived for ``grace_s``, or ``patience_s`` while somebody is sending.
 * A number that arrives after it was passed over is too late; the caller refuses it.
 """
 
@@ -25,10 +25,12 @@ class RunOrder(Generic[Item]):
     Attributes:
         next_seq: The lowest number that has neither started nor been passed over.
         grace_s: How long an absent number is waited for, in seconds.
+        patience_s: The same while somebody is sending; an upload may stall for ever.
     """
 
     next_seq: int = 1
     grace_s: float = 2.0
+    patience_s: float = 60.0
     _waiting: dict[int, Item] = field(default_factory=dict[int, Item])
     _refused: set[int] = field(default_factory=set[int])
     _last_change_s: float = 0.0
@@ -86,7 +88,7 @@ class RunOrder(Generic[Item]):
             elif self.next_seq in self._refused:
                 self._refused.discard(self.next_seq)
                 self.next_seq += 1
-            elif not sending and now_s - self._last_change_s >= self.grace_s:
+            elif now_s - self._last_change_s >= (self.patience_s if sending else self.grace_s):
                 self.next_seq = min(self._waiting)
                 self._refused = {seq for seq in self._refused if seq > self.next_seq}
             else:

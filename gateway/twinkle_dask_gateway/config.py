@@ -15,6 +15,7 @@ class GatewayConfig:
         max_body_bytes: Largest request body as sent.
         max_decoded_bytes: Largest request body after decompression, and, counted apart from it,
             the most that the sparse tensors of one request may grow to.
+        max_data: Most data in one batch, counted before the batch is built.
         poll_s: How long a poll for a result is held. Clients read for 45 s and poll again at
             once, so seconds are safe and a fraction of one is a hot loop.
         thread_above_bytes: Bodies and results larger than this are (de)coded in a thread.
@@ -27,6 +28,7 @@ class GatewayConfig:
     url_prefix: str = ""
     max_body_bytes: int = 64 * 1024 * 1024
     max_decoded_bytes: int = 256 * 1024 * 1024
+    max_data: int = 16384
     poll_s: float = 25.0
     thread_above_bytes: int = 256 * 1024
     compress_forward_backward: bool = False

@@ -123,6 +123,7 @@ def _gateway(config: ServiceConfig) -> GatewayConfig:
         url_prefix=config.url_prefix,
         max_body_bytes=config.limits.max_body_bytes,
         max_decoded_bytes=config.limits.max_body_bytes,
+        max_data=config.limits.max_data,
         compress_forward_backward=config.compress_uploads,
     )
 

@@ -302,7 +302,7 @@ def test_long_training_lets_samples_through(
 ) -> None:
     run = shared.create_lora_training_client(MODEL, rank=8).result()
     work = [datum(random_tokens(513, seed=i)) for i in range(4)]
-    training = [run.forward_backward(work, "cross_entropy") for _ in range(7)]
+    training = [run.forward_backward(work, "cross_entropy") for _ in range(12)]
     training[0].result()
     sample(base, max_tokens=4).result()
     with pytest.raises(TimeoutError):

@@ -66,6 +66,13 @@ def test_an_absent_number_is_waited_for_while_somebody_sends() -> None:
     assert run.take(GRACE_S) == [(2, "b")]
 
 
+def test_a_stalled_upload_does_not_hold_a_run_for_ever() -> None:
+    run = order()
+    run.add(2, "b", 0.0)
+    assert run.take(run.patience_s - 1, sending=True) == []
+    assert run.take(run.patience_s, sending=True) == [(2, "b")]
+
+
 def test_every_arrival_renews_the_patience() -> None:
     run = order()
     run.add(3, "c", 0.0)

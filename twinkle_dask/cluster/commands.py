@@ -107,7 +107,7 @@ class Command:
     """One envelope to a host.
 
     Attributes:
-        id: Unique; a host that sees it again answers with the first outcome.
+        id: Unique over all time; names the completion.
         run: The run whose order the command joins; empty for samples and cancels.
         body: One of the above, a ``ForwardBackward`` or an ``OptimStep``, packed.
     """
@@ -120,19 +120,24 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A class of ``errors`` by name, and its message."""
+    """A class of ``errors`` by name, and its message; with a fault, the incident it is logged as."""
 
     kind: str
     message: str
+    incident: str = ""
 
     def error(self) -> errors.TwinkleDaskError:
         """The exception again; an unknown kind becomes a ServiceFault."""
-        return _ERRORS.get(self.kind, errors.ServiceFault)(self.message)
+        kind = _ERRORS.get(self.kind, errors.ServiceFault)
+        if issubclass(kind, errors.ServiceFault):
+            return kind(self.message, self.incident)
+        return kind(self.message)
 
     @classmethod
     def of(cls, error: errors.TwinkleDaskError) -> "Failure":
         """What travels of an exception."""
-        return cls(kind=type(error).__name__, message=error.message)
+        incident = error.incident if isinstance(error, errors.ServiceFault) else ""
+        return cls(kind=type(error).__name__, message=error.message, incident=incident)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The cluster that a laptop gets: a scheduler in this process and one worker process per GPU.
 
-Without a GPU there is one worker per base model, and the cores are shared out between them.
+Without a GPU there are as many workers as the base models need, and they share the cores.
 """
 
 import asyncio
@@ -19,6 +19,8 @@ SETTINGS: dict[str, Any] = {
     # faulted in anew (a step of SmolLM2-135M, bfloat16, one core: 3.9 s with it, 2.8 s without).
     "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "warning"},
     "distributed.scheduler.worker-ttl": "20s",
+    # A worker that is slow to come back is still ours.
+    "distributed.deploy.lost-worker-timeout": "1h",
     "distributed.scheduler.idle-timeout": None,
     "distributed.scheduler.allowed-failures": 0,
     "distributed.scheduler.work-stealing": False,
@@ -62,11 +64,12 @@ async def stop_embedded(cluster: Any) -> None:
             child.kill()
 
 
-async def start_embedded(num_sources: int, threads: int | None, dashboard: str | None) -> Any:
+async def start_embedded(num_workers: int, threads: int | None, dashboard: str | None) -> Any:
     """Start scheduler and workers.
 
     Args:
-        num_sources: Base models; each gets a worker even where there are fewer GPUs.
+        num_workers: What the plan needs at least (``placement.num_workers_needed``). Where there
+            are more GPUs, each gets a worker; where there are fewer, workers share them.
         threads: Arithmetic threads of one worker; None shares the cores out.
         dashboard: ``HOST:PORT``, or None for no dashboard.
 
@@ -74,7 +77,7 @@ async def start_embedded(num_sources: int, threads: int | None, dashboard: str |
         The running ``SpecCluster``; ``stop_embedded`` ends its processes.
     """
     gpus = num_gpus()
-    workers = max(gpus, num_sources)
+    workers = max(gpus, num_workers)
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     spec: dict[str, Any] = {}
@@ -101,7 +104,8 @@ async def start_embedded(num_sources: int, threads: int | None, dashboard: str |
             "host": "127.0.0.1",
             "protocol": "tcp://",
             "dashboard": dashboard is not None,
-            "dashboard_address": dashboard or ":0",
+            # Its HTTP server runs without a dashboard too, and ":0" would be on all interfaces.
+            "dashboard_address": dashboard or "127.0.0.1:0",
         },
     }
     return await SpecCluster(

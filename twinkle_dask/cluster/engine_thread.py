@@ -48,7 +48,9 @@ class EngineThread:
     ) -> None:
         self.trainer = trainer
         self.sampler = sampler
-        self.pool = ThreadPoolExecutor(4, thread_name_prefix="host-io")
+        self.pool = ThreadPoolExecutor(4, thread_name_prefix="host-read")
+        # One, so that of two checkpoints with one name the later one is also finished later.
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="host-write")
         self.fault: BaseException | None = None
         self._read_adapter = read_adapter
         self._on_done = on_done
@@ -98,18 +100,22 @@ class EngineThread:
             self._changed.notify()
         self._thread.join()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.writer.shutdown(wait=False, cancel_futures=True)
 
     def _train(self, work: Work) -> None:
         if self.trainer is None:
             self._on_done(work.id, ServiceFault("This host does not train."))
-        else:
+            return
+        try:
             self.trainer.submit(work)
+        except ValueError as error:
+            self._on_done(work.id, error)
 
     def _sample(self, work: SampleWork) -> None:
         if self.sampler is None:
             self._on_done(work.id, ServiceFault("This host does not sample."))
         elif work.adapter is None or self.sampler.has_adapter(work.adapter):
-            self.sampler.submit(work)
+            self._submit(self.sampler, work)
         elif work.adapter in self._fetching:
             self._fetching[work.adapter].append(work)
         else:
@@ -133,7 +139,13 @@ class EngineThread:
             return
         self.sampler.add_adapter(folder, done.result())
         for work in waiting:
-            self.sampler.submit(work)
+            self._submit(self.sampler, work)
+
+    def _submit(self, sampler: Sampler, work: SampleWork) -> None:
+        try:
+            sampler.submit(work)
+        except ValueError as error:
+            self._on_done(work.id, error)
 
     def _run(self) -> None:
         try:

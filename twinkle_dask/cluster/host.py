@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 log = structlog.stdlib.get_logger(__name__)
 
+_UNPACK_ASIDE_BYTES = 256 * 1024
+
 Method = Callable[["Host", bytes], Awaitable[object]]
 
 
@@ -86,7 +88,8 @@ class Host:
         self._epoch = 0
         self._arrived = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._known: set[str] = set()
+        self._accepted = 0
+        self._samples: set[str] = set()
         self._completions: list[tuple[int, Completion]] = []
         self._cursor = 0
         self._saving: dict[str, tuple[Command, SaveFolder]] = {}
@@ -115,7 +118,7 @@ class Host:
     async def health(self, request: bytes) -> object:
         """Answers while the event loop turns and the engine thread lives."""
         self._check_engine()
-        return {"known": len(self._known)}
+        return {}
 
     @answered
     async def attach(self, request: bytes) -> object:
@@ -124,8 +127,9 @@ class Host:
         The request is the new epoch; calls with another one are refused from now on.
         """
         self._epoch = packing.unpack(request)["epoch"]
-        self._known.clear()
-        self._completions.clear()
+        self._accepted = 0
+        with self._lock:
+            self._completions.clear()
         forgotten: Future[None] = Future()
         self._engine.post(lambda: forgotten.set_result(self._forget()))
         await asyncio.wrap_future(forgotten)
@@ -133,18 +137,19 @@ class Host:
 
     @answered
     async def submit(self, request: bytes) -> object:
-        """Enqueue commands in order; one that is known already is left alone."""
+        """Enqueue a batch of commands in order. Batches are numbered; a repeat is left alone."""
         message = packing.unpack(request)
         self._check_epoch(message["epoch"])
         self._check_engine()
         self._loop = asyncio.get_running_loop()
+        if message["number"] <= self._accepted:
+            return {}
+        self._accepted = message["number"]
         for command in message["commands"]:
-            if command.id not in self._known:
-                self._known.add(command.id)
-                try:
-                    self._accept(command)
-                except Exception as error:  # noqa: BLE001 - becomes this command's answer
-                    self._complete(command.id, error)
+            try:
+                await self._accept(command)
+            except Exception as error:  # noqa: BLE001 - becomes this command's answer
+                self._complete(command.id, error)
         return {}
 
     @answered
@@ -155,7 +160,6 @@ class Host:
         self._check_engine()
         poll: Poll = message["poll"]
         with self._lock:
-            self._known -= {c.id for at, c in self._completions if at <= poll.cursor}
             self._completions = [(at, c) for at, c in self._completions if at > poll.cursor]
         if not self._completions:
             self._arrived.clear()
@@ -186,6 +190,10 @@ class Host:
         if self._engine.trainer is not None:
             for run in tuple(self._engine.trainer.runs()):
                 self._engine.trainer.drop_run(run)
+        if self._engine.sampler is not None:
+            for command_id in self._samples:
+                self._engine.sampler.cancel(command_id)
+        self._samples.clear()
 
     def _drop(self, command: Command) -> None:
         if self._engine.trainer is not None:
@@ -194,7 +202,7 @@ class Host:
                 self._complete(command_id, HostLost("The run was dropped from this host."))
         self._complete(command.id, None)
 
-    def _accept(self, command: Command) -> None:
+    async def _accept(self, command: Command) -> None:
         from twinkle_dask.sampler import interface
         from twinkle_dask.trainer import work
 
@@ -203,7 +211,11 @@ class Host:
                 work.Work(id=command.id, run=command.run, tenant=command.tenant, body=body)
             )
 
-        body = packing.unpack(command.body)
+        if len(command.body) > _UNPACK_ASIDE_BYTES:
+            # Still in order: one batch is accepted after the other.
+            body = await asyncio.to_thread(packing.unpack, command.body)
+        else:
+            body = packing.unpack(command.body)
         match body:
             case ForwardBackward() | OptimStep():
                 train(body)
@@ -220,12 +232,14 @@ class Host:
                 self._engine.post(lambda: self._drop(command))
             case Sample():
                 request = packing.unpack(body.request)
+                self._samples.add(command.id)
                 self._engine.sample(
                     interface.SampleWork(
                         id=command.id, tenant=command.tenant, request=request, adapter=body.adapter
                     )
                 )
             case Cancel():
+                self._samples.discard(body.command_id)
                 self._engine.cancel_sample(body.command_id)
                 self._complete(command.id, None)
             case _:
@@ -234,7 +248,7 @@ class Host:
     def _on_done(self, command_id: str, outcome: object) -> None:
         saving = self._saving.pop(command_id, None)
         if saving is not None and isinstance(outcome, RunState):
-            self._engine.pool.submit(self._save, *saving, outcome)
+            self._engine.writer.submit(self._save, *saving, outcome)
             return
         self._complete(command_id, outcome)
 
@@ -259,6 +273,7 @@ class Host:
         else:
             result = b"" if outcome is None else packing.pack(outcome)
             completion = Completion(id=command_id, result=result)
+        self._samples.discard(command_id)
         with self._lock:
             self._cursor += 1
             self._completions.append((self._cursor, completion))

@@ -125,6 +125,10 @@ class HostLink:
         for future in waiting.values():
             if not future.done():
                 future.set_exception(HostLost(f"Host {self.name} is gone: {why}"))
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
         if tell:
             log.warning("host_lost", host=self.name, why=why, in_flight=len(waiting))
             self._on_lost(self)
@@ -141,6 +145,7 @@ class HostLink:
             self.lose(repr(error))
 
     async def _submit_forever(self) -> None:
+        number = 0
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
@@ -151,7 +156,9 @@ class HostLink:
                     command = self._outbox.popleft()
                     batch.append(command)
                     size += len(command.body)
-                await self._insist("submit", {"epoch": self._epoch, "commands": batch})
+                number += 1
+                message = {"epoch": self._epoch, "number": number, "commands": batch}
+                await self._insist("submit", message)
 
     async def _poll_forever(self) -> None:
         cursor = 0
@@ -184,7 +191,7 @@ class HostLink:
         raise HostLost("it does not answer")
 
     async def _insist(self, method: str, request: object) -> Any:
-        """Call again after a time-out: the host knows what it has seen, so twice is harmless."""
+        """Call again after a time-out: the host knows which batch it has seen last."""
         while True:
             with contextlib.suppress(TimeoutError):
                 return await self.call(method, request)

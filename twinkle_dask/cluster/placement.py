@@ -43,6 +43,15 @@ def sources(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
     return found
 
 
+def num_workers_needed(models: Mapping[str, ModelConfig]) -> int:
+    """The fewest workers that ``plan`` can do with.
+
+    Raises:
+        StartupError: Two names of one source ask for different numbers of hosts.
+    """
+    return sum(max(1, m.trainers + m.samplers) for m in sources(models).values())
+
+
 def plan(models: Mapping[str, ModelConfig], num_workers: int) -> list[Slot]:
     """Share workers out.
 
@@ -57,12 +66,11 @@ def plan(models: Mapping[str, ModelConfig], num_workers: int) -> list[Slot]:
     fixed = {s: m for s, m in by_source.items() if m.trainers}
     flexible = [s for s in by_source if s not in fixed]
     free = num_workers - sum(m.trainers + m.samplers for m in fixed.values())
-    if free < len(flexible):
-        needed = num_workers - free + len(flexible)
+    if (needed := num_workers_needed(models)) > num_workers:
         raise StartupError(
             f"The cluster has {num_workers} worker(s) with the resource GPU, but the configured "
             f"models need at least {needed}. Start more with: dask worker SCHEDULER "
-            "--resources GPU=1"
+            "--resources GPU=1 --nthreads 1 --memory-limit 0"
         )
     slots: list[Slot] = []
     for source, model in fixed.items():

@@ -7,6 +7,7 @@ the next gateway finds them by name and takes them over under a new epoch.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 import time
@@ -59,6 +60,7 @@ class Supervisor:
         self._links: dict[Slot, HostLink] = {}
         self._facts: dict[str, ModelFacts] = {}
         self._changed = asyncio.Condition()
+        self._connecting = asyncio.Lock()
         self._replacing: set[asyncio.Task[None]] = set()
         self._claimed: set[str] = set()
         self._closing = False
@@ -72,12 +74,9 @@ class Supervisor:
         use_settings()
         address = await self._open_cluster()
         try:
-            self._client = await Client(
-                address, asynchronous=True, direct_to_workers=True, name="twinkle-gateway"
-            )
+            self._client = await self._connect(address)
         except OSError as error:
             raise StartupError(f"Cannot reach the Dask scheduler {address}: {error}") from None
-        self._client.subscribe_topic("all", self._on_event)
         slots = plan(self._config.models, await self._enough_workers())
         taken = await self._take_over(slots)
         await asyncio.gather(*(self._place(slot) for slot in slots if slot not in taken))
@@ -119,9 +118,9 @@ class Supervisor:
             task.cancel()
         links = list(self._links.values())
         self._links.clear()
+        if self._cluster is None:
+            await asyncio.gather(*(self._release(link.address, link.key) for link in links))
         for link in links:
-            if self._cluster is None:
-                await self._release(link)
             await link.stop()
         if self._client is not None:
             self._client.unsubscribe_topic("all")
@@ -223,7 +222,7 @@ class Supervisor:
                     else:
                         taken.add(slot)
                         continue
-                await self._client.unpublish_dataset(key)
+                await self._release(worker.address, key)
         return taken
 
     async def _place(self, slot: Slot) -> None:
@@ -301,46 +300,65 @@ class Supervisor:
             task.add_done_callback(self._replacing.discard)
 
     async def _replace(self, slot: Slot, link: HostLink) -> None:
-        await self._fence(link)
+        """Fence a lost host and fill its slot again, however long that takes."""
+        fenced = False
         while True:
             try:
-                await self._place(slot)
-            except (StartupError, HostLost, OSError, TimeoutError) as error:
-                log.warning("host_not_replaced", source=slot.source, error=str(error))
-                await asyncio.sleep(_RETRY_S)
                 await self._reconnect()
+                if not fenced:
+                    await self._fence(link)
+                    fenced = True
+                await self._place(slot)
+            except Exception:
+                # No worker, no scheduler, a worker that dies while it loads: all may pass.
+                log.exception("host_not_replaced", source=slot.source)
+                await asyncio.sleep(_RETRY_S)
             else:
                 return
 
     async def _fence(self, link: HostLink) -> None:
-        """Make sure that a host we gave up cannot go on, and that no call to it hangs."""
+        """Make sure that a host we gave up cannot go on, and that no call to it hangs.
+
+        Under a nanny the worker's process is replaced, which also ends a frozen one; another
+        worker is removed from the cluster, and exits when it sees that.
+        """
         address = link.address
 
-        async def remove(dask_scheduler: Any) -> None:
+        async def restart(dask_scheduler: Any) -> None:
             if address in dask_scheduler.workers:
-                await dask_scheduler.remove_worker(address, stimulus_id="fence", close=True)
+                await dask_scheduler.restart_workers(
+                    [address], wait_for_workers=False, on_error="return", stimulus_id="fence"
+                )
 
-        try:
-            await self._client.run_on_scheduler(remove)
+        await self._client.run_on_scheduler(restart)
+        with contextlib.suppress(KeyError):
             await self._client.unpublish_dataset(link.key)
-        except (OSError, KeyError, ValueError) as error:
-            log.info("fence_incomplete", host=link.name, error=str(error))
         self._client.rpc.remove(address)
 
     async def _reconnect(self) -> None:
         """A client that lost its scheduler for too long is closed for good; make another."""
-        if self._client.status == "closed" and self._config.scheduler is not None:
-            self._client = await Client(
-                self._config.scheduler, asynchronous=True, direct_to_workers=True
-            )
-            self._client.subscribe_topic("all", self._on_event)
+        async with self._connecting:
+            if self._client.status == "closed" and self._config.scheduler is not None:
+                self._client = await self._connect(self._config.scheduler)
 
-    async def _release(self, link: HostLink) -> None:
+    async def _connect(self, address: str) -> Any:
+        client: Any = await Client(
+            address, asynchronous=True, direct_to_workers=True, name="twinkle-gateway"
+        )
+        client.subscribe_topic("all", self._on_event)
+        return client
+
+    async def _release(self, address: str, key: str) -> None:
+        """Free what a host holds on a shared cluster."""
         try:
-            await link.call("close", {}, 5.0)
-            await self._client.unpublish_dataset(link.key)
-        except (HostLost, TimeoutError, OSError) as error:
-            log.warning("host_not_released", host=link.name, error=str(error))
+            # Its engine first, or the thread would keep the weights after the actor is gone.
+            await call_actor(self._client, address, key, "close", packing.pack({}), 2.0)
+        except (HostLost, TimeoutError) as error:
+            log.warning("host_not_closed", key=key, error=str(error))
+        try:
+            await asyncio.wait_for(self._client.unpublish_dataset(key), 1.0)
+        except (OSError, KeyError, TimeoutError) as error:
+            log.warning("host_not_released", key=key, error=str(error))
 
 
 def _affinity(host: str, adapter: str | None) -> bytes:

@@ -47,14 +47,18 @@ class Finisher:
     async def finish(
         self, run: RunRecord, operation: LaneOperation, outcome: bytes | TwinkleDaskError
     ) -> None:
-        """Record one outcome and complete its ticket."""
+        """Record one outcome and complete its ticket.
+
+        Raises:
+            StorageFailed: Something could not be stored; call again with the same outcome.
+        """
         if isinstance(operation.request, LoadState) and isinstance(outcome, StorageFailed):
             outcome = await self._deleted(run, operation.request) or outcome
         if not isinstance(outcome, TwinkleDaskError):
             try:
                 result = await self._record(run, operation, outcome)
                 await self._tickets.finish(operation.ticket, result)
-            except (InvalidRequest, StorageFailed) as error:
+            except InvalidRequest as error:
                 outcome = error
             else:
                 return

@@ -14,8 +14,10 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 
@@ -30,7 +32,15 @@ from twinkle_dask.cluster.commands import (
 from twinkle_dask.cluster.link import HostLink
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import JournalConfig
-from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError
+from twinkle_dask.errors import (
+    CheckpointCorrupt,
+    HostLost,
+    InvalidRequest,
+    NotFound,
+    ServiceFault,
+    StorageFailed,
+    TwinkleDaskError,
+)
 from twinkle_dask.lifecycle import LANE, LaneEvent, LaneState, move
 from twinkle_dask.operations.requests import (
     LaneRequest,
@@ -40,13 +50,20 @@ from twinkle_dask.operations.requests import (
     StartRun,
     changes_run,
 )
+from twinkle_dask.operations.values import TicketKind
 from twinkle_dask.scheduling import RunOrder
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.store.records import OperationState, RunRecord
+from twinkle_dask.store.records import OperationRecord, OperationState, RunRecord
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import ForwardBackward, OptimStep, TicketId
 
 log = structlog.stdlib.get_logger(__name__)
+
+_RETRY_S = 1.0
+_SUSPECT_LOSSES = 2
+_MAX_LOSSES = 4
+#: Trying again would fail in the same way.
+_UNRESTORABLE = (CheckpointCorrupt, NotFound, InvalidRequest, packing.UnreadableBuffer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +88,8 @@ class LaneParts:
     """What every lane works with.
 
     Attributes:
-        finish: Told the outcome of each operation, exactly once; makes it durable.
+        finish: Told each operation's outcome until it has made it durable.
+        suspects: Held by a run that hosts were lost under, so that it is alone with the next.
         sending: Whether a tenant is in the middle of sending a request.
     """
 
@@ -80,7 +98,25 @@ class LaneParts:
     supervisor: Supervisor
     config: JournalConfig
     finish: Finish
+    suspects: asyncio.Lock
     sending: Callable[[RunRecord], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Redone:
+    """An operation done again for its effect. ``must_succeed`` as it did the first time."""
+
+    answer: "asyncio.Future[bytes]"
+    must_succeed: bool
+
+    async def check(self) -> None:
+        try:
+            await self.answer
+        except HostLost:
+            raise
+        except TwinkleDaskError:
+            if self.must_succeed:
+                raise
 
 
 class Lane:
@@ -99,8 +135,15 @@ class Lane:
         self.state = LaneState.DETACHED
         self._parts = parts
         self._link: HostLink | None = None
+        # Counts losses of the host; what belongs to an earlier attempt no longer matters.
         self._attempt = 0
         self._in_flight: dict[int, LaneOperation] = {}
+        self._losses: Counter[int] = Counter()
+        self._answers: dict[int, asyncio.Task[None]] = {}
+        self._recording = 0
+        self._calm = asyncio.Event()
+        self._calm.set()
+        self._suspect = False
         self._since_snapshot = 0
         self._bytes_since_snapshot = 0
         self._snapshot_wanted = False
@@ -124,7 +167,7 @@ class Lane:
     def accept(self, operation: LaneOperation) -> None:
         """Let an acknowledged operation wait for its turn."""
         self.order.add(operation.seq, operation, time.monotonic())
-        if self._main is None:
+        if self._main is None or self._main.done():
             self._main = asyncio.create_task(self._run_forever(), name=f"lane {self.run.id}")
         self._wake.set()
 
@@ -145,6 +188,7 @@ class Lane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._clear_suspicion()
 
     def _do(self, event: LaneEvent) -> None:
         self.state = move(LANE, self.state, event)
@@ -159,18 +203,18 @@ class Lane:
                 await self._turn()
             except HostLost as error:
                 log.warning("lane_detached", why=error.message)
-                self._detach()
+                self._detach(self._attempt)
                 continue
-            except TwinkleDaskError as error:
+            except _UNRESTORABLE as error:
                 log.exception("run_not_restored")
-                self._detach()
+                self._detach(self._attempt)
                 await self._fail_in_flight(error)
                 continue
             except Exception:
-                # A fault of ours (the store, for example). Nothing is lost: the journal has it.
+                # Usually the store. Nothing is lost: the journal has it; try again in a while.
                 log.exception("lane_failed")
-                self._detach()
-                await asyncio.sleep(1.0)
+                self._detach(self._attempt)
+                await asyncio.sleep(_RETRY_S)
                 continue
             again_s = self.order.look_again_s(time.monotonic())
             if again_s is not None:
@@ -179,14 +223,13 @@ class Lane:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), again_s)
 
-    async def _fail_in_flight(self, why: TwinkleDaskError) -> None:
+    async def _fail_in_flight(self, why: Exception) -> None:
         """The run cannot be set up (its snapshot is damaged, say); the next work tries again."""
         fault = ServiceFault(
-            f"The run could not be restored: {why.message} Start a new run from a checkpoint."
+            f"The run could not be restored: {why} Start a new run from a checkpoint."
         )
-        for seq, operation in list(self._in_flight.items()):
-            await self._parts.finish(self.run, operation, fault)
-            del self._in_flight[seq]
+        for operation in list(self._in_flight.values()):
+            await self._record(operation, fault)
 
     async def _turn(self) -> None:
         """Do everything that can be done now."""
@@ -200,7 +243,9 @@ class Lane:
             await self._restore()
         elif self._link is not None:
             for _, operation in ready:
-                self._send(self._link, operation)
+                self._send(self._link, operation, self._attempt)
+        if not self._in_flight:
+            self._clear_suspicion()
         if self._link is not None and self._snapshot_due():
             self._start(self._snapshot(self._link))
         if self._release_wanted and not self.num_queued:
@@ -210,54 +255,116 @@ class Lane:
         self._release_wanted = False
         link, self._link = self._link, None
         if link is not None:
+            self._attempt += 1
             link.load -= 1
             self._ignore(link.send(self._command(DropRun())))
             self._do(LaneEvent.RELEASE)
 
-    def _detach(self) -> None:
+    def _detach(self, attempt: int) -> None:
+        """The host of an attempt is of no use any more; a later attempt is left alone."""
+        if attempt != self._attempt:
+            return
         if self._link is not None:
             self._link.load -= 1
+            if self._link.lost.is_set():
+                self._losses.update(self._in_flight.keys())
         self._link = None
         self._attempt += 1
+        self._clear_suspicion()
         self._do(LaneEvent.HOST_LOST)
         self._wake.set()
 
     async def _restore(self) -> None:
-        """Set the run up on a host, and send again what has no outcome."""
+        """Set the run up on a host: its snapshot, then everything after it in order.
+
+        What has an outcome is done again for its effect alone; what has none is sent again.
+        """
+        # An outcome or snapshot that is being recorded decides what must be done again.
+        await self._calm.wait()
+        await self._give_up_killers()
+        attempt = self._attempt
         if self.state is LaneState.DETACHED:
             self._do(LaneEvent.WORK)
+        if any(count >= _SUSPECT_LOSSES for count in self._losses.values()):
+            # It may be what takes hosts down. One such run at a time, so that it fails alone.
+            await self._parts.suspects.acquire()
+            self._suspect = True
         link = await self._parts.supervisor.trainer(self.source)
+        link.load += 1
+        self._link = link
+        unfinished = dict(self._in_flight)
         self._ignore(link.send(self._command(DropRun())))
-        again: list[asyncio.Future[bytes]] = []
+        redone: list[_Redone] = []
         after = -1
         if self.run.snapshot_path is not None:
-            load = LoadFolder(folder=self.run.snapshot_path, with_optimizer=True)
-            again.append(link.send(self._command(load)))
             after = self.run.snapshot_seq
+            load = LoadFolder(folder=self.run.snapshot_path, with_optimizer=True)
+            redone.append(_Redone(answer=link.send(self._command(load)), must_succeed=True))
         for record in await self._parts.store.journal.for_run(self.run.id, after_seq=after):
-            if record.state is not OperationState.DONE or record.seq in self._in_flight:
-                continue
-            if record.payload_path is None:
-                continue
-            payload = await asyncio.to_thread(self._parts.blobs.get, record.payload_path)
-            request: LaneRequest = packing.unpack(payload)
-            if changes_run(request):
-                again.append(link.send(self._host_command(request, payload)))
-                self._count(request, len(payload))
-        if again:
-            log.info("run_restored", host=link.name, repeated=len(again))
-        await asyncio.gather(*again)
-        self._link = link
-        link.load += 1
+            if record.seq in unfinished:
+                self._send(link, unfinished.pop(record.seq), attempt)
+            elif (again := await self._redo(link, record)) is not None:
+                redone.append(again)
+        if redone:
+            log.info("run_restored", host=link.name, repeated=len(redone))
+        for one in redone:
+            await one.check()
+        if attempt != self._attempt:
+            raise HostLost(f"Host {link.name} went away while the run was restored on it.")
         self._do(LaneEvent.RESTORED)
-        for seq in sorted(self._in_flight):
-            self._send(link, self._in_flight[seq])
 
-    def _send(self, link: HostLink, operation: LaneOperation) -> None:
+    async def _redo(self, link: HostLink, record: OperationRecord) -> "_Redone | None":
+        """Send an operation that has an outcome again, if the run depends on it."""
+        failed = record.state is not OperationState.DONE
+        if failed and record.kind != TicketKind.OPTIM_STEP:
+            return None  # without effect; a failed step has dropped the gradient, though
+        if record.payload_path is None:
+            if failed or not record.changes_run:
+                return None
+            raise CheckpointCorrupt(f"The journal lacks operation {record.seq} of the run.")
+        if not record.changes_run:
+            return None
+        payload = await asyncio.to_thread(self._parts.blobs.get, record.payload_path)
+        request: LaneRequest = packing.unpack(payload)
+        answer = link.send(self._host_command(request, payload))
+        self._count(request, len(payload))
+        return _Redone(answer=answer, must_succeed=not failed)
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Generator[None]:
+        """While something is being made durable, a restore must wait: see ``_restore``."""
+        self._recording += 1
+        self._calm.clear()
+        try:
+            yield
+        finally:
+            self._recording -= 1
+            if not self._recording:
+                self._calm.set()
+
+    async def _give_up_killers(self) -> None:
+        """Fail what was in flight each time that a host went down."""
+        for seq, operation in list(self._in_flight.items()):
+            if self._losses[seq] >= _MAX_LOSSES:
+                await self._record(
+                    operation,
+                    ServiceFault(
+                        f"The host went down {_MAX_LOSSES} times while it did this, so it is not "
+                        "tried again."
+                    ),
+                )
+
+    def _clear_suspicion(self) -> None:
+        if self._suspect:
+            self._suspect = False
+            self._parts.suspects.release()
+
+    def _send(self, link: HostLink, operation: LaneOperation, attempt: int) -> None:
         answer = link.send(self._host_command(operation.request, operation.payload))
         self._last_sent = max(self._last_sent, operation.seq)
         self._count(operation.request, len(operation.payload))
-        self._start(self._await_answer(self._attempt, operation, answer))
+        waiting = self._await_answer(attempt, operation, answer)
+        self._answers[operation.seq] = self._start(waiting)
 
     def _count(self, request: LaneRequest, num_bytes: int) -> None:
         if changes_run(request):
@@ -274,16 +381,28 @@ class Lane:
         try:
             outcome = await answer
         except HostLost:
-            if attempt == self._attempt:
-                self._detach()
+            self._detach(attempt)
             return
         except TwinkleDaskError as error:
             outcome = error
-        if attempt != self._attempt:
-            # Detached meanwhile: the operation has been sent again, and that answer counts.
-            return
-        await self._parts.finish(self.run, operation, outcome)
+        if attempt == self._attempt:
+            # Else the operation has been sent again, and that answer counts.
+            await self._record(operation, outcome)
+
+    async def _record(self, operation: LaneOperation, outcome: bytes | TwinkleDaskError) -> None:
+        """Make an outcome durable, however long the store is away, and forget the operation."""
+        with self._recorded():
+            while True:
+                try:
+                    await self._parts.finish(self.run, operation, outcome)
+                    break
+                except StorageFailed as error:
+                    # The work is done; doing it again or calling it failed would both be wrong.
+                    log.warning("outcome_not_stored", seq=operation.seq, error=error.message)
+                    await asyncio.sleep(_RETRY_S)
         self._in_flight.pop(operation.seq, None)
+        self._losses.pop(operation.seq, None)
+        self._answers.pop(operation.seq, None)
         self._wake.set()
 
     def _snapshot_due(self) -> bool:
@@ -307,13 +426,13 @@ class Lane:
         try:
             await link.send(self._command(save))
             # Until then an operation inside the snapshot may still lack its stored result.
-            while any(at <= seq for at in self._in_flight):
-                await asyncio.sleep(0.05)
-                if attempt != self._attempt:
-                    return
-            old = await self._parts.store.runs.set_snapshot(self.run.id, folder, seq)
-            self.run = replace(self.run, snapshot_path=folder, snapshot_seq=seq)
-            await self._forget(old, seq)
+            before = [task for at, task in self._answers.items() if at <= seq]
+            if before:
+                await asyncio.wait(before)
+            if attempt == self._attempt:
+                await self._record_snapshot(folder, seq)
+            else:
+                await asyncio.to_thread(self._parts.blobs.remove, folder)
         except HostLost:
             return
         except TwinkleDaskError as error:
@@ -322,12 +441,14 @@ class Lane:
         finally:
             self._snapshotting = False
 
-    async def _forget(self, old_folder: str | None, seq: int) -> None:
-        """Remove what the new snapshot has made superfluous."""
-        for path in await self._parts.store.journal.prune_replayed(self.run.id, up_to_seq=seq):
-            await asyncio.to_thread(self._parts.blobs.remove, path)
-        if old_folder is not None:
-            await asyncio.to_thread(self._parts.blobs.remove, old_folder)
+    async def _record_snapshot(self, folder: str, seq: int) -> None:
+        """Note the snapshot, and remove what it has made superfluous."""
+        with self._recorded():
+            old = await self._parts.store.runs.set_snapshot(self.run.id, folder, seq)
+            self.run = replace(self.run, snapshot_path=folder, snapshot_seq=seq)
+            paths = list(await self._parts.store.journal.prune_replayed(self.run.id, up_to_seq=seq))
+            for path in [*paths, *([old] if old else [])]:
+                await asyncio.to_thread(self._parts.blobs.remove, path)
 
     def _host_command(self, request: LaneRequest, payload: bytes) -> Command:
         match request:
@@ -357,17 +478,18 @@ class Lane:
             body=packing.pack(body) if packed is None else packed,
         )
 
-    def _start(self, job: "Awaitable[None]") -> None:
-        task = asyncio.ensure_future(job)
+    def _start(self, job: "Coroutine[Any, Any, None]") -> "asyncio.Task[None]":
+        task = asyncio.create_task(job)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # Usually the store. Doing it again from the journal is right, but not at once.
             log.error("lane_task_failed", run=self.run.id, exc_info=error)
-            asyncio.get_running_loop().call_later(1.0, self._detach)
+            asyncio.get_running_loop().call_later(_RETRY_S, self._detach, self._attempt)
 
     def _ignore(self, answer: "asyncio.Future[bytes]") -> None:
         """Nobody needs to know how this ends; a lost host frees everything anyway."""

@@ -16,7 +16,14 @@ from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import JournalConfig, LimitConfig
-from twinkle_dask.errors import InvalidRequest, NotFound, QuotaExceeded, RequestError, SessionEnded
+from twinkle_dask.errors import (
+    InvalidRequest,
+    NotFound,
+    QuotaExceeded,
+    RequestError,
+    SessionEnded,
+    StorageFailed,
+)
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints, describe
@@ -41,6 +48,7 @@ from twinkle_dask.store.records import (
     CheckpointKind,
     CheckpointRecord,
     OperationRecord,
+    OperationState,
     RunRecord,
 )
 from twinkle_dask.store.store import Store
@@ -87,6 +95,7 @@ class Runs:
             supervisor=supervisor,
             config=journal,
             finish=Finisher(store, blobs, tickets).finish,
+            suspects=asyncio.Lock(),
             sending=self._is_sending,
         )
 
@@ -167,7 +176,8 @@ class Runs:
             lane = await self.lane(tenant, run)
         except RequestError:
             return
-        lane.refuse(seq)
+        if (run, seq) not in self._submits:  # else another request has the place after all
+            lane.refuse(seq)
 
     @contextmanager
     def sending(self, tenant: Tenant) -> Generator[None]:
@@ -210,14 +220,19 @@ class Runs:
             except InvalidRequest as error:
                 # Its model is not served at the moment; the journal keeps the operation.
                 log.warning("operation_not_recovered", run=record.run_id, error=error.message)
+            except (StorageFailed, packing.UnreadableBuffer) as error:
+                # A payload is not flushed to the disk, so a power cut may have taken it.
+                log.exception("operation_lost", run=record.run_id, seq=record.seq)
+                fault = StorageFailed(f"The request could not be read back: {error}")
+                await self._tickets.fail(record.ticket_id, fault)
 
     async def _requeue(self, record: OperationRecord) -> None:
         if record.run_id is None or record.seq is None or record.payload_path is None:
             raise InvalidRequest(f"Operation {record.ticket_id} has nothing to be repeated from.")
         lane = self._lanes.get(record.run_id) or await self._open(record.tenant_id, record.run_id)
         payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
-        self._tickets.open(record.tenant_id, record.ticket_id)
         request: LaneRequest = packing.unpack(payload)
+        self._tickets.open(record.tenant_id, record.ticket_id)
         lane.accept(
             LaneOperation(ticket=record.ticket_id, seq=record.seq, request=request, payload=payload)
         )
@@ -357,17 +372,18 @@ class Runs:
         record = await self._store.runs.get(tenant, run)
         if record is None:
             raise _unknown(run)
-        next_seq = await self._next_seq(run)
         source = self._catalogue.get(record.base_model).source
-        lane = self._lanes[run] = Lane(self._parts, record, source, next_seq)
-        return lane
-
-    async def _next_seq(self, run: RunId) -> int:
-        """The lowest place that has not been decided, as far as the journal knows."""
         pending = await self._store.journal.first_pending_seq(run)
-        return (
-            pending if pending is not None else await self._store.journal.last_finished_seq(run) + 1
-        )
+        if pending is None:
+            next_seq = await self._store.journal.last_finished_seq(run) + 1
+            lane = Lane(self._parts, record, source, next_seq)
+        else:
+            lane = Lane(self._parts, record, source, pending)
+            for later in await self._store.journal.for_run(run, after_seq=pending):
+                if later.state is not OperationState.PENDING and later.seq is not None:
+                    lane.refuse(later.seq)  # has had its turn; nobody need wait for it
+        self._lanes[run] = lane
+        return lane
 
     async def _describe(
         self, tenant: Tenant, records: tuple[RunRecord, ...]

@@ -17,6 +17,7 @@ from twinkle_dask.errors import (
     InvalidRequest,
     NotFound,
     QuotaExceeded,
+    ServiceFault,
     SessionEnded,
     StorageFailed,
     TwinkleDaskError,
@@ -43,6 +44,8 @@ from twinkle_dask.types import RunId, SampleRequest, SamplerId, SessionId, Tenan
 log = structlog.stdlib.get_logger(__name__)
 
 _MAX_IN_FLIGHT = 20_000
+_MAX_LOSSES = 4
+_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +173,12 @@ class Sampling:
             except TwinkleDaskError as error:
                 log.warning("sample_not_recovered", ticket=record.ticket_id, error=error.message)
                 continue
-            payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
             self._tickets.open(record.tenant_id, record.ticket_id)
+            try:
+                payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
+            except StorageFailed as error:
+                await self._tickets.fail(record.ticket_id, error)
+                continue
             self._start(record.ticket_id, handle, payload)
 
     async def stop(self) -> None:
@@ -250,30 +257,46 @@ class Sampling:
 
     async def _draw(self, ticket: TicketId, handle: _Handle, payload: bytes) -> None:
         structlog.contextvars.bind_contextvars(ticket=ticket, sampler=handle.record.id)
+        try:
+            outcome = await self._attempt(handle, payload)
+        except asyncio.CancelledError:
+            raise
+        except TwinkleDaskError as error:
+            outcome = await self._reason(handle.record, error)
+        except Exception:
+            log.exception("sample_failed")
+            outcome = ServiceFault("The sample failed; the service's log has the details.")
         while True:
+            try:
+                if isinstance(outcome, bytes):
+                    await self._tickets.finish(ticket, outcome)
+                else:
+                    await self._tickets.fail(ticket, outcome)
+            except StorageFailed as error:
+                log.warning("outcome_not_stored", error=error.message)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    async def _attempt(self, handle: _Handle, payload: bytes) -> bytes:
+        """Draw on one host after the other until one answers, with the same seed."""
+        body = packing.pack(Sample(request=payload, adapter=handle.folder))
+        for _ in range(_MAX_LOSSES):
             link = await self._supervisor.sampler(handle.model.source, handle.folder)
-            body = packing.pack(Sample(request=payload, adapter=handle.folder))
             command = Command(
-                id=f"{ticket}@{link.name}",
+                id=secrets.token_hex(12),
                 run=RunId(""),
                 tenant=handle.record.tenant_id,
                 body=body,
             )
             try:
-                result = await link.send(command)
-            except HostLost:
-                continue  # with the same seed, on another host
+                return await link.send(command)
+            except HostLost as error:
+                log.warning("sample_sent_again", why=error.message)
             except asyncio.CancelledError:
                 self._cancel_on(link, command)
                 raise
-            except TwinkleDaskError as error:
-                await self._tickets.fail(ticket, await self._reason(handle.record, error))
-                return
-            try:
-                await self._tickets.finish(ticket, result)
-            except StorageFailed as error:
-                await self._tickets.fail(ticket, error)
-            return
+        raise ServiceFault(f"The host went down {_MAX_LOSSES} times while this was drawn.")
 
     async def _reason(self, sampler: SamplerRecord, error: TwinkleDaskError) -> TwinkleDaskError:
         """Why a sample failed: weights that cannot be read may be ones that their owner deleted."""

@@ -15,6 +15,7 @@ from twinkle_dask.store.store import Store
 from twinkle_dask.types import TenantId
 
 _LOCAL = TenantId("local")
+_HINTED_LENGTH = 20
 
 
 class Tenants:
@@ -64,11 +65,20 @@ class Tenants:
         self._by_hash[record.key_hash] = tenant
 
 
+def key_hint(key: str) -> str:
+    """The end of a key, to tell keys apart by; nothing of one so short that it would help."""
+    return key[-4:] if len(key) >= _HINTED_LENGTH else ""
+
+
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _record(key: str, tenant: TenantId) -> TenantKey:
     return TenantKey(
-        key_hash=_digest(key), tenant_id=tenant, name=tenant, hint=key[-4:], created_at=utc_now()
+        key_hash=_digest(key),
+        tenant_id=tenant,
+        name=tenant,
+        hint=key_hint(key),
+        created_at=utc_now(),
     )

@@ -61,18 +61,20 @@ class TicketBoard:
         """
         path = f"results/{ticket}"
         await asyncio.to_thread(self._blobs.put, path, result)
-        await self._store.journal.finish(
+        first = await self._store.journal.finish(
             ticket, result_path=path, result_bytes=len(result), when=utc_now()
         )
-        self._settle(ticket, Done(result=packing.unpack(result)), len(result))
+        if first:  # else it was cancelled meanwhile, and whoever did that has settled it
+            self._settle(ticket, Done(result=packing.unpack(result)), len(result))
 
     async def fail(self, ticket: TicketId, error: TwinkleDaskError) -> None:
         """Make a failure durable, then wake whoever waits."""
         failure = Failure.of(error)
-        await self._store.journal.fail(
+        first = await self._store.journal.fail(
             ticket, kind=failure.kind, message=failure.message, when=utc_now()
         )
-        self._settle(ticket, Failed(error=error), 0)
+        if first:
+            self._settle(ticket, Failed(error=error), 0)
 
     async def wait(self, tenant: TenantId, ticket: TicketId, timeout_s: float) -> Outcome:
         """The outcome, or ``Waiting`` once the time is over.

@@ -54,7 +54,7 @@ def open_data_dir(path: str | os.PathLike[str]) -> DataDir:
     """
     folder = Path(path).expanduser().absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # an existing one keeps its mode
         with tempfile.TemporaryFile(dir=folder):
             pass
         # Without O_TRUNC: what the holder of the lock wrote must stay readable.

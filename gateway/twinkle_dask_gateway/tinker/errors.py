@@ -8,7 +8,6 @@ a 400 without Content-Length for a proxy's glitch, so bodies are whole and uncom
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
-from uuid import uuid4
 
 import orjson
 import structlog
@@ -60,7 +59,7 @@ class TinkerRoute(APIRoute):
             except HTTPException as error:
                 return _detail(error.status_code, error.detail, dict(error.headers or {}))
             except Exception:
-                incident = uuid4().hex[:12]
+                incident = errors.new_incident()
                 log.exception("unexpected", incident=incident)
                 return _detail(500, _our_fault("Something went wrong on our side", incident))
 
@@ -85,11 +84,11 @@ def message_of(error: errors.TwinkleDaskError) -> str:
     """The tenant's words for a failure; one of ours carries the id under which it is logged."""
     if not isinstance(error, errors.ServiceFault):
         return error.message
-    incident = error.incident
-    if not incident:
-        incident = uuid4().hex[:12]
-        log.error("fault without incident", incident=incident, exc_info=error)
-    return _our_fault(error.message.rstrip("."), incident)
+    if not error.incident:
+        # Kept on the error: a failed result is polled for more than once.
+        error.incident = errors.new_incident()
+        log.error("fault without incident", incident=error.incident, exc_info=error)
+    return _our_fault(error.message.rstrip("."), error.incident)
 
 
 def describe(problems: Sequence[Any]) -> str:

@@ -72,12 +72,6 @@ class SessionCreated(Reply):
     session_id: str
 
 
-class HeartbeatSeen(Reply):
-    """``session_heartbeat``."""
-
-    type: Literal["session_heartbeat"] = "session_heartbeat"
-
-
 class ModelData(Reply):
     """What the client needs to find the tokenizer."""
 

@@ -58,12 +58,6 @@ class Asked(Told):
 # ---- service and sessions
 
 
-class ClientHello(Told):
-    """``client/config`` and ``client/dynamic_config``."""
-
-    sdk_version: str | None = None
-
-
 class CreateSession(Told):
     """``POST create_session``."""
 
