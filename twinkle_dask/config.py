@@ -191,8 +191,8 @@ class ServiceConfig(Settings):
     def _one_dashboard(self) -> "ServiceConfig":
         if self.dashboard is not None and self.scheduler is not None:
             raise ValueError(
-                "dashboard is for the embedded cluster; with scheduler, the dashboard is that "
-                "scheduler's own (dask scheduler --dashboard-address HOST:PORT)"
+                "Setting 'dashboard' is for the embedded cluster; with 'scheduler', the dashboard "
+                "is that scheduler's own (dask scheduler --dashboard-address HOST:PORT)"
             )
         return self
 
@@ -278,7 +278,7 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"Setting {where!r} is missing.")
         else:
             what = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"Setting {where!r}: {what}." if where else f"{what.capitalize()}.")
+            lines.append(f"Setting {where!r}: {what}." if where else f"{what}.")
     return "\n".join(lines)
 
 

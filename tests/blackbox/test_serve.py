@@ -127,6 +127,7 @@ def test_a_data_folder_that_cannot_be_written(model_folder: Path, tmp_path: Path
         ([], "models"),
         (["--model", "a=b", "--api-key", "short"], "tml-"),
         (["--model", "a=b", "--dtype", "int3"], "dtype"),
+        (["--model", "a=b", "--dashboard", "127.0.0.1:1", "--scheduler", "tcp://h:1"], "dashboard"),
     ],
 )
 def test_wrong_flags_are_named(options: list[str], told: str) -> None:
@@ -141,6 +142,48 @@ def test_check_config_tells_the_nearest_known_setting(tmp_path: Path) -> None:
     ended = run("check-config", "--config", str(file))
     assert ended.returncode == 2
     assert "'port'" in ended.stderr
+
+
+def test_check_config_refuses_what_serve_would(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("models: {a: /m}\nurl_prefix: no-slash\n")
+    for command in ("check-config", "serve"):
+        ended = run(command, "--config", str(file))
+        assert ended.returncode == 2
+        assert "url_prefix" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_a_database_that_cannot_be_reached_is_told(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("database_url: postgresql://nobody@127.0.0.1:1/none\n")
+    ended = run("serve", *arguments(model_folder, tmp_path / "d", "--config", str(file)))
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines()[-1].startswith("twinkle-dask: ")
+    assert "Traceback" not in ended.stderr
+
+
+def test_configured_trainers_and_samplers_are_started(model_folder: Path, tmp_path: Path) -> None:
+    """The embedded cluster has as many workers as the configuration asks for."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"models: {{{MODEL}: {{source: {model_folder}, trainers: 1, samplers: 2}}}}\n"
+        "start_timeout_s: 60\n"
+    )
+    options = ["--config", str(file), "--data-dir", str(tmp_path / "d"), "--port", "0"]
+    options += ["--api-key", KEY, "--dtype", "float32"]
+    log = tmp_path / "log"
+    with (
+        serve(*options, log=log) as server,
+        tinker.ServiceClient(base_url=server.url, api_key=KEY) as client,
+    ):
+        assert log.read_text().count('"event": "host_ready"') == 3
+        run_ = client.create_lora_training_client(MODEL, rank=1).result()
+        train_one_step(run_, batch())
+        sampler = run_.save_weights_and_get_sampling_client().result()
+        params = tinker.SamplingParams(max_tokens=2)
+        reply = sampler.sample(tinker.ModelInput.from_ints([1, 2]), 1, params).result()
+        assert len(reply.sequences) == 1
 
 
 def test_doctor_finds_this_machine_fit(tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
         ({"models": {"a": "/m"}, "api_keys": ["secret"]}, "tml-"),
         ({"models": {"a": "/m"}, "dtype": "int4"}, "'dtype'"),
         ({"models": {}}, "'models'"),
+        ({"models": {"a": "/m"}, "url_prefix": "a"}, "'url_prefix'"),
+        ({"models": {"a": "/m"}, "url_prefix": "/a/"}, "'/a/b'"),
+        ({"models": {"a": "/m"}, "url_prefix": "/a?b"}, "'url_prefix'"),
+        ({"models": {"a": "/m"}, "dashboard": ":8787"}, "HOST:PORT"),
+        (
+            {"models": {"a": "/m"}, "dashboard": "127.0.0.1:1", "scheduler": "tcp://h:1"},
+            "'dashboard' is for the embedded cluster",
+        ),
         ({}, "'models' is missing"),
     ],
 )

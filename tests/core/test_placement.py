@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinkle_dask.cluster.commands import Role
-from twinkle_dask.cluster.placement import plan
+from twinkle_dask.cluster.placement import num_workers_needed, plan
 from twinkle_dask.config import ModelConfig
 from twinkle_dask.errors import StartupError
 
@@ -45,6 +45,18 @@ def test_names_of_one_source_must_agree() -> None:
     models = {"a": ModelConfig(source="x", trainers=1, samplers=1), "b": ModelConfig(source="x")}
     with pytest.raises(StartupError, match="'b'"):
         plan(models, 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=4))
+def test_the_workers_that_are_needed_are_the_fewest_that_do(hosts: list[tuple[int, int]]) -> None:
+    models = {
+        str(i): ModelConfig(source=f"s{i}", trainers=t, samplers=s if t else 0)
+        for i, (t, s) in enumerate(hosts)
+    }
+    needed = num_workers_needed(models)
+    assert len(plan(models, needed)) == needed
+    with pytest.raises(StartupError, match=f"at least {needed}"):
+        plan(models, needed - 1)
 
 
 @given(st.integers(1, 4), st.integers(0, 12))

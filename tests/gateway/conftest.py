@@ -20,7 +20,9 @@ def world() -> InMemoryService:
 @pytest.fixture
 def config() -> GatewayConfig:
     # Small limits, so that a test reaches them with little.
-    return GatewayConfig(max_body_bytes=100_000, max_decoded_bytes=200_000, poll_s=0.05)
+    return GatewayConfig(
+        max_body_bytes=100_000, max_decoded_bytes=200_000, max_data=300, poll_s=0.05
+    )
 
 
 @pytest.fixture

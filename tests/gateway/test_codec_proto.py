@@ -40,8 +40,12 @@ from twinkle_dask_gateway.tinker.codec_proto import (
 from twinkle_dask_gateway.tinker.tensors import Array, Growth
 
 
+def parse(body: bytes) -> pb.ForwardBackwardRequest:
+    return parse_forward_backward(body, max_data=100)
+
+
 def decode(body: bytes) -> ForwardBackward:
-    return batch_of(parse_forward_backward(body), Growth(2**20))
+    return batch_of(parse(body), Growth(2**20))
 
 
 def sdk_body(
@@ -133,7 +137,7 @@ def _tensor_data(array: Array, *, as_csr: bool) -> types.TensorData:
 
 
 def test_several_text_chunks_are_one_input() -> None:
-    message = pb.ForwardBackwardRequest(loss_fn="cross_entropy", forward_only=True)
+    message = pb.ForwardBackwardRequest(model_id="m", loss_fn="cross_entropy", forward_only=True)
     datum = message.data.add()
     for tokens in ([1, 2], [], [3]):
         datum.model_input.add().encoded_text.tokens = np.array(tokens, "<i4").tobytes()
@@ -146,14 +150,14 @@ def test_several_text_chunks_are_one_input() -> None:
 
 
 def test_bfloat16_is_widened_exactly() -> None:
-    message = parse_forward_backward(sdk_body(one_datum(target_tokens=TARGETS)))
+    message = parse(sdk_body(one_datum(target_tokens=TARGETS)))
     weights = message.data[0].loss_fn_inputs["weights"]
     weights.dense, weights.dtype = np.array([0x3F80, 0xC040], "<u2").tobytes(), pb.DTYPE_BFLOAT16
     assert batch_of(message, Growth(0)).data[0].loss_inputs["weights"].tolist() == [1.0, -3.0]
 
 
 def test_loss_settings_come_from_the_newer_map() -> None:
-    message = parse_forward_backward(
+    message = parse(
         sdk_body(one_datum(target_tokens=TARGETS), loss_fn="ppo", clip_low_threshold=0.5)
     )
     message.loss_fn_config["clip_low_threshold"] = 0.1
@@ -186,7 +190,7 @@ def test_a_message_cut_short_is_called_so() -> None:
 
 
 def _broken(change: str) -> bytes:
-    message = parse_forward_backward(sdk_body(one_datum(target_tokens=TARGETS)))
+    message = parse(sdk_body(one_datum(target_tokens=TARGETS)))
     datum = message.data[0]
     targets = datum.loss_fn_inputs["target_tokens"]
     match change:

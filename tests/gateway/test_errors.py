@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+import structlog
 
 from tests.gateway.in_memory import InMemoryService
 from twinkle_dask import errors
@@ -50,6 +51,14 @@ def test_capacity_says_when_to_come_back() -> None:
 def test_our_faults_carry_their_incident() -> None:
     assert b"abc123" in bytes(error_response(errors.HostLost("gone", "abc123")).body)
     assert b"incident" in bytes(error_response(errors.HostLost("gone")).body)
+
+
+def test_a_fault_that_is_polled_for_twice_is_one_incident() -> None:
+    fault = errors.StorageFailed("The disk is full.")
+    with structlog.testing.capture_logs() as lines:
+        told = {bytes(error_response(fault).body) for _ in range(2)}
+    assert len(told) == len(lines) == 1
+    assert lines[0]["incident"].encode() in told.pop()
 
 
 def test_findings_are_few_and_short() -> None:

@@ -47,6 +47,20 @@ async def test_zstd_of_any_size_announced_or_not(
         assert len(world.called("forward_backward")["batch"].data) == 300
 
 
+async def test_a_batch_of_too_many_data(
+    client: httpx.AsyncClient, world: InMemoryService, run: str
+) -> None:
+    body = sdk_body(*[one_datum(target_tokens=TARGETS)] * 301, run=run)
+    response = await client.post("/forward_backward", content=body, headers=PROTO)
+    assert response.status_code == 400
+    assert "more than 300 data" in response.json()["detail"]
+    old = {"model_id": run, "seq_id": 3, "forward_input": {"data": [1] * 301, "loss_fn": "x"}}
+    response = await client.post("/forward", json=old)
+    assert response.status_code == 400
+    assert "more than 300 data" in response.json()["detail"]
+    assert world.refused == [(run, 3)]
+
+
 def bomb() -> bytes:
     return zstandard.ZstdCompressor(level=19).compress(b"\0" * 50_000_000)
 

@@ -58,9 +58,10 @@ def test_dtypes_are_obeyed_whatever_the_file_has(tmp_path: Path, dtype: str) -> 
 
 
 def test_auto_picks_a_dtype_and_nonsense_is_refused() -> None:
-    assert choose_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    assert choose_dtype("auto", torch.device("cpu"), 4096) in (torch.float32, torch.bfloat16)
+    assert choose_dtype("auto", torch.device("cpu"), 128) is torch.float32
     with pytest.raises(StartupError, match="float16"):
-        choose_dtype("float16", torch.device("cpu"))
+        choose_dtype("float16", torch.device("cpu"), 128)
 
 
 def empty(folder: Path) -> Path:

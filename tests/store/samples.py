@@ -80,6 +80,7 @@ def operation(
         run_id=None if run is None else RunId(run),
         sampler_id=None if sampler is None else SamplerId(sampler),
         seq=seq,
+        changes_run=run is not None,
         payload_path=f"journal/{ticket}",
         payload_bytes=10,
         created_at=at(seq or 0),

@@ -29,7 +29,7 @@ def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
 
 
 def folder(blobs: BlobStore, path: str) -> dict[str, bytes]:
-    return {name: blobs.get_file(path, name) for name in blobs.names(path)}
+    return {name: blobs.get(f"{path}/{name}") for name in blobs.names(path)}
 
 
 def all_files(root: Path) -> list[str]:
@@ -38,14 +38,14 @@ def all_files(root: Path) -> list[str]:
 
 def test_a_blob_is_written_read_replaced_and_removed(blobs: BlobStore) -> None:
     path = "journal/s:train:0/1"
-    assert not blobs.exists(path)
+    assert blobs.names("journal/s:train:0") == ()
     blobs.put(path, b"one")
     blobs.put(path, memoryview(b"two!"), durable=True)
     assert blobs.get(path) == b"two!"
-    assert (blobs.size(path), blobs.exists(path)) == (4, True)
+    assert blobs.names("journal/s:train:0") == ("1",)
     blobs.remove(path)
     blobs.remove(path)
-    assert not blobs.exists(path)
+    assert blobs.names("journal/s:train:0") == ()
 
 
 def test_a_folder_is_written_replaced_and_removed(blobs: BlobStore) -> None:
@@ -53,20 +53,33 @@ def test_a_folder_is_written_replaced_and_removed(blobs: BlobStore) -> None:
     assert blobs.names(path) == ()
     blobs.put_folder(path, OLD)
     assert folder(blobs, path) == OLD
-    assert blobs.size(path) == sum(len(data) for data in OLD.values())
     with pytest.raises(StorageFailed, match="exists already"):
         blobs.put_folder(path, NEW)
     assert folder(blobs, path) == OLD
     blobs.put_folder(path, NEW, overwrite=True)
     assert folder(blobs, path) == NEW
     blobs.remove(path)
-    assert not blobs.exists(path)
+    assert blobs.names("checkpoints") == ()
+
+
+def test_names_are_those_of_files_and_folders_directly_inside(blobs: BlobStore) -> None:
+    for path in ("s/run/1/a", "s/run/1/b", "s/run/file", "s/other"):
+        blobs.put(path, b"")
+    assert blobs.names("s") == ("other", "run")
+    assert blobs.names("s/run") == ("1", "file")
+    assert blobs.names("s/other") == blobs.names("s/none") == ()
+
+
+def test_names_that_are_not_ours_are_passed_over(tmp_path: Path) -> None:
+    for name in (".hidden", "a b", "ours"):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / name).touch()
+    assert BlobStore(tmp_path).names("s") == ("ours",)
 
 
 def test_what_is_missing_is_a_plain_failure(blobs: BlobStore) -> None:
-    for ask in (blobs.get, blobs.size):
-        with pytest.raises(StorageFailed, match="does not exist"):
-            ask("journal/none")
+    with pytest.raises(StorageFailed, match="does not exist"):
+        blobs.get("journal/none")
 
 
 def test_a_worker_can_open_the_same_store(blobs: BlobStore) -> None:
@@ -117,11 +130,8 @@ def test_an_unsafe_path_is_refused_by_every_method(blobs: BlobStore, path: str) 
         lambda: blobs.get(path),
         lambda: blobs.put_folder(path, {"a": b""}),
         lambda: blobs.put_folder("a", {path if path != "a b" else "": b""}),
-        lambda: blobs.get_file("a", path),
         lambda: blobs.names(path),
         lambda: blobs.remove(path),
-        lambda: blobs.size(path),
-        lambda: blobs.exists(path),
     ]
     for call in calls:
         with pytest.raises(InvalidRequest):

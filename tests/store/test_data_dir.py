@@ -17,6 +17,15 @@ def test_it_is_made_and_names_its_contents(tmp_path: Path) -> None:
         assert data_dir.database_url == f"sqlite:///{data_dir.path}/twinkle_dask.sqlite3"
 
 
+def test_only_we_can_look_into_one_that_we_made(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    there.chmod(0o755)
+    for folder, mode in ((tmp_path / "made", 0o700), (there, 0o755)):
+        with open_data_dir(folder):
+            assert folder.stat().st_mode & 0o777 == mode
+
+
 def test_a_second_server_is_kept_out_until_the_first_is_gone(tmp_path: Path) -> None:
     first = open_data_dir(tmp_path)
     with pytest.raises(StartupError, match=r"in use by another server \(process \d+ on "):

@@ -21,6 +21,7 @@ from tests.store.samples import (
 from twinkle_dask.store.journal import DuplicateOperation
 from twinkle_dask.store.records import (
     CheckpointKind,
+    OperationRecord,
     OperationState,
     RunPhase,
     SessionState,
@@ -33,13 +34,25 @@ RUN = RunId("s1:train:0")
 SESSION = SessionId("s1")
 
 
+async def end_session(store: Store) -> None:
+    state = SessionState.FINISHED
+    await store.sessions.end(SESSION, state, reason="done", detail=None, when=at(1))
+
+
+async def add_finished(store: Store, one: OperationRecord) -> None:
+    await store.journal.add(one)
+    await store.journal.finish(one.ticket_id, result_path=None, result_bytes=0, when=NOW)
+
+
+async def prune_all(store: Store) -> tuple[OperationRecord, ...]:
+    return await store.journal.prune(delivered_before=at(99), finished_before=at(99))
+
+
 class TestKeys:
-    async def test_a_key_is_found_by_its_hash_and_kept_as_first_stored(self, store: Store) -> None:
+    async def test_a_key_is_kept_as_first_stored(self, store: Store) -> None:
         key = TenantKey(key_hash="ab" * 32, tenant_id=ANN, name="Ann", hint="1234", created_at=NOW)
         assert await store.keys.add(key) == key
         assert await store.keys.add(replace(key, name="again")) == key
-        assert await store.keys.by_hash(key.key_hash) == key
-        assert await store.keys.by_hash("cd" * 32) is None
         assert await store.keys.all() == (key,)
 
 
@@ -110,15 +123,32 @@ class TestRuns:
         with pytest.raises(IntegrityError):
             await store.runs.add(run(session="nowhere"))
 
-    async def test_live_runs_are_those_to_recover(self, store: Store) -> None:
-        await store.sessions.add(session())
-        for seq, state in enumerate(RunPhase):
-            await store.runs.add(run(seq, state=state))
-        live = [one.state for one in await store.runs.live()]
-        assert live == [RunPhase.CREATING, RunPhase.READY]
-        await store.runs.set_state(RUN, RunPhase.CLOSED)
-        assert [one.state for one in await store.runs.live()] == [RunPhase.READY]
+    async def test_runs_of_an_ended_session_are_to_be_closed_once_their_work_is_done(
+        self, store: Store
+    ) -> None:
+        for name in ("s1", "s2"):
+            await store.sessions.add(session(name))
+            for seq, state in enumerate(RunPhase):
+                await store.runs.add(run(seq, session=name, state=state))
         assert [one.run_seq for one in await store.runs.in_session(SESSION)] == [0, 1, 2, 3]
+        assert await store.runs.to_close() == ()
+        await store.journal.add(work := operation(1))
+        await end_session(store)
+        others = {"s1:train:1", "s1:train:2"}  # 0 has work, 3 is closed
+        assert {one.id for one in await store.runs.to_close()} == others
+        await store.journal.fail(work.ticket_id, kind="X", message="", when=NOW)
+        assert {one.id for one in await store.runs.to_close()} == {*others, RUN}
+
+    async def test_a_closed_run_has_no_snapshot(self, store: Store) -> None:
+        await fill(store)
+        await store.runs.set_snapshot(RUN, "snapshots/a", 4)
+        assert await store.runs.snapshot_folders() == {"snapshots/a"}
+        await store.runs.close(RUN)
+        assert await store.runs.snapshot_folders() == set()
+        assert await store.runs.set_snapshot(RUN, "snapshots/late", 9) == "snapshots/late"
+        found = await store.runs.get(ANN, RUN)
+        assert found is not None
+        assert (found.state, found.snapshot_path) == (RunPhase.CLOSED, None)
 
     async def test_a_snapshot_replaces_an_older_one_and_never_a_newer(self, store: Store) -> None:
         await fill(store)
@@ -149,13 +179,6 @@ class TestSamplers:
         assert await store.samplers.get(ANN, one.id) == one
         assert await store.samplers.get(BOB, one.id) is None
         assert await store.samplers.in_session(SESSION) == (one,)
-
-    async def test_samplers_live_as_long_as_their_session(self, store: Store) -> None:
-        await fill(store)
-        assert await store.samplers.live() == (sampler(),)
-        finished = SessionState.FINISHED
-        await store.sessions.end(SESSION, finished, reason="done", detail="", when=at(1))
-        assert await store.samplers.live() == ()
 
 
 class TestJournal:
@@ -221,12 +244,10 @@ class TestJournal:
 
     async def test_a_place_in_an_order_can_be_looked_up(self, store: Store) -> None:
         await fill(store)
-        sampler_id = SamplerId("s1:sample:0")
-        in_run, in_sampler = operation(1), operation(1, run=None, sampler=sampler_id)
+        in_run = operation(1)
         await store.journal.add(in_run)
-        await store.journal.add(in_sampler)
+        await store.journal.add(operation(1, run=None, sampler="s1:sample:0"))
         assert await store.journal.at(RUN, 1) == in_run
-        assert await store.journal.at_sampler(sampler_id, 1) == in_sampler
         assert await store.journal.at(RUN, 2) is None
 
     async def test_without_a_snapshot_the_whole_run_stays_replayable(self, store: Store) -> None:
@@ -261,6 +282,32 @@ class TestJournal:
         assert len(await prune(delivered_before=at(99), finished_before=at(99))) == 1
         assert await store.journal.pending() == (operations[5],)
 
+    async def test_what_changes_nothing_is_not_kept_for_a_replay(self, store: Store) -> None:
+        await fill(store)
+        for seq in range(4):
+            await add_finished(store, replace(operation(seq), changes_run=seq == 0))
+        # The last one tells where the order stands, so that its place is not given away again.
+        assert [one.seq for one in await prune_all(store)] == [1, 2]
+        assert await store.journal.last_finished_seq(RUN) == 3
+        await add_finished(store, replace(operation(4), changes_run=True))
+        assert [one.seq for one in await prune_all(store)] == [3]
+        await store.runs.set_snapshot(RUN, "snapshots/a", 4)
+        assert [one.seq for one in await prune_all(store)] == [0, 4]
+
+    async def test_samples_are_never_replayed(self, store: Store) -> None:
+        await fill(store)
+        await add_finished(store, operation(1, run=None, sampler="s1:sample:0"))
+        assert len(await prune_all(store)) == 1
+
+    async def test_blobs_in_use_are_those_an_operation_names(self, store: Store) -> None:
+        await fill(store)
+        assert await store.journal.blob_paths() == set()
+        await store.journal.add(first := operation(1))
+        await store.journal.add(second := operation(2))
+        await store.journal.finish(first.ticket_id, result_path="r/1", result_bytes=1, when=NOW)
+        paths = {first.payload_path, "r/1", second.payload_path}
+        assert await store.journal.blob_paths() == paths
+
     async def test_payloads_within_the_snapshot_are_forgotten(self, store: Store) -> None:
         await fill(store)
         operations = {seq: operation(seq) for seq in (1, 2, 3)}
@@ -275,6 +322,8 @@ class TestJournal:
         kept = await store.journal.get(ANN, operations[1].ticket_id)
         assert kept is not None
         assert (kept.payload_path, kept.payload_bytes) == (None, 0)
+        # Without a snapshot: all that are not to be done.
+        assert await store.journal.prune_replayed(RUN) == (operations[3].payload_path,)
 
 
 class TestCheckpoints:
@@ -303,6 +352,23 @@ class TestCheckpoints:
         assert await store.checkpoints.by_id(ANN, unnamed[0].id) == unnamed[0]
         expired = await store.checkpoints.expired(at(5))
         assert {one.id for one in expired} == {one.id for one in unnamed}
+
+    async def test_unnamed_ones_of_a_closed_run_are_left_behind_once_nobody_samples_them(
+        self, store: Store
+    ) -> None:
+        await fill(store)
+        kind = CheckpointKind.SAMPLER
+        weights, drawn, named = (checkpoint(name, kind=kind) for name in (None, None, "kept"))
+        for one in (weights, drawn, named):
+            await store.checkpoints.add(one)
+        await store.samplers.add(sampler(1, checkpoint=drawn.id))
+        sample = operation(1, run=None, sampler="s1:sample:1")
+        await store.journal.add(sample)
+        assert await store.checkpoints.left_behind() == ()
+        await store.runs.close(RUN)
+        assert await store.checkpoints.left_behind() == (weights,)
+        await store.journal.fail(sample.ticket_id, kind="X", message="", when=NOW)
+        assert {one.id for one in await store.checkpoints.left_behind()} == {weights.id, drawn.id}
 
     async def test_the_latest_of_each_kind_for_many_runs(self, store: Store) -> None:
         await fill(store)

@@ -120,7 +120,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A class of ``errors`` by name, and its message; with a fault, the incident it is logged as."""
+    """A class of ``errors`` by name, its message, and a fault's incident."""
 
     kind: str
     message: str

@@ -308,6 +308,9 @@ class Lane:
         if redone:
             log.info("run_restored", host=link.name, repeated=len(redone))
         for one in redone:
+            # One failure is enough; nobody looks at those behind it then.
+            self._ignore(one.answer)
+        for one in redone:
             await one.check()
         if attempt != self._attempt:
             raise HostLost(f"Host {link.name} went away while the run was restored on it.")
@@ -315,7 +318,9 @@ class Lane:
 
     async def _redo(self, link: HostLink, record: OperationRecord) -> "_Redone | None":
         """Send an operation that has an outcome again, if the run depends on it."""
-        failed = record.state is not OperationState.DONE
+        if record.state is OperationState.PENDING:
+            return None  # waits for its turn
+        failed = record.state is OperationState.FAILED
         if failed and record.kind != TicketKind.OPTIM_STEP:
             return None  # without effect; a failed step has dropped the gradient, though
         if record.payload_path is None:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from twinkle_dask import packing
+from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.operations.values import CheckpointAddress, TicketKind
+from twinkle_dask.store.records import CheckpointRecord
 from twinkle_dask.types import ForwardBackward, Json, LoraSpec, OptimStep, SamplerId
 
 
@@ -56,6 +58,22 @@ class LoadState:
 LaneRequest: TypeAlias = (
     StartRun | ForwardBackward | OptimStep | SaveState | SaveForSampler | LoadState
 )
+
+
+def load_of(
+    record: CheckpointRecord, address: CheckpointAddress, *, with_optimizer: bool
+) -> LoadState:
+    """A request to load a checkpoint.
+
+    Raises:
+        InvalidRequest: The optimizer is wanted and was not saved.
+    """
+    if with_optimizer and not record.has_optimizer:
+        raise InvalidRequest(
+            f"Checkpoint {address.name!r} holds sampler weights without an optimizer; load it "
+            "without, or load a training checkpoint."
+        )
+    return LoadState(address=address, folder=record.path, with_optimizer=with_optimizer)
 
 
 def kind_of(request: LaneRequest) -> TicketKind:

@@ -24,12 +24,13 @@ from twinkle_dask.errors import (
     SessionEnded,
     StorageFailed,
 )
+from twinkle_dask.lifecycle import LaneState
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints, describe
 from twinkle_dask.operations.finishing import Finisher
 from twinkle_dask.operations.lanes import Lane, LaneOperation, LaneParts
-from twinkle_dask.operations.requests import LaneRequest, LoadState, StartRun, kind_of
+from twinkle_dask.operations.requests import LaneRequest, LoadState, StartRun, changes_run, kind_of
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.values import (
@@ -84,7 +85,6 @@ class Runs:
         self._tickets = tickets
         self._limits = limits
         self._lanes: dict[RunId, Lane] = {}
-        self._opening: dict[RunId, asyncio.Lock] = {}
         self._submits: dict[tuple[RunId, int], asyncio.Task[Ticket]] = {}
         self._sending: Counter[TenantId] = Counter()
         self._arriving: Counter[RunId] = Counter()
@@ -195,11 +195,7 @@ class Runs:
             NotFound: No such run of this tenant.
             SessionEnded: Its session is over.
         """
-        lane = self._lanes.get(run)
-        if lane is None:
-            # One opener at a time, or two lanes would write the same run.
-            async with self._opening.setdefault(run, asyncio.Lock()):
-                lane = self._lanes.get(run) or await self._open(tenant.id, run)
+        lane = self._lanes.get(run) or await self._open(tenant.id, run)
         if lane.run.tenant_id != tenant.id:
             raise _unknown(run)
         if not self._sessions.is_active(lane.run.session_id):
@@ -256,6 +252,24 @@ class Runs:
         for lane in self._lanes.values():
             if lane.run.session_id == session:
                 lane.release()
+
+    async def drop_ended(self) -> None:
+        """Take the lanes of ended sessions out of memory, each once its work is done.
+
+        Those that have work, or have not left their host yet, are there for the next call.
+        """
+        for lane in list(self._lanes.values()):
+            if self._sessions.is_active(lane.run.session_id):
+                continue
+            lane.release()
+            idle = lane.num_queued == 0 and lane.state is LaneState.DETACHED
+            if idle and lane.run.id not in self._arriving:
+                del self._lanes[lane.run.id]
+                await lane.stop()
+
+    def has_lane(self, run: RunId) -> bool:
+        """Whether the run may be doing something."""
+        return run in self._lanes
 
     def waits_for_host(self, run: RunId) -> bool:
         """Whether the run has work and no host to do it."""
@@ -320,7 +334,10 @@ class Runs:
 
     def _arrived(self, place: tuple[RunId, int]) -> None:
         del self._submits[place]
-        self._arriving[place[0]] -= 1
+        run, _ = place
+        self._arriving[run] -= 1
+        if not self._arriving[run]:
+            del self._arriving[run]
 
     def _is_sending(self, run: RunRecord) -> bool:
         return self._sending[run.tenant_id] > 0 or self._arriving[run.id] > 0
@@ -356,6 +373,7 @@ class Runs:
             kind=kind_of(request),
             run_id=lane.run.id,
             seq=seq,
+            changes_run=changes_run(request),
             payload_path=path,
             payload_bytes=len(payload),
             created_at=utc_now(),
@@ -363,7 +381,13 @@ class Runs:
         try:
             await self._store.journal.add(record)
         except DuplicateOperation as duplicate:
+            await asyncio.to_thread(self._blobs.remove, path)
             return _ticket(duplicate.stored)
+        except StorageFailed:
+            # Unless the write was committed and only its answer was lost.
+            if await self._store.journal.get(tenant.id, ticket) is None:
+                await asyncio.to_thread(self._blobs.remove, path)
+            raise
         self._tickets.open(tenant.id, ticket)
         lane.accept(LaneOperation(ticket=ticket, seq=seq, request=request, payload=payload))
         return _ticket(record)
@@ -382,8 +406,8 @@ class Runs:
             for later in await self._store.journal.for_run(run, after_seq=pending):
                 if later.state is not OperationState.PENDING and later.seq is not None:
                     lane.refuse(later.seq)  # has had its turn; nobody need wait for it
-        self._lanes[run] = lane
-        return lane
+        # Of several openers at a time the first one wins, or two lanes would write the same run.
+        return self._lanes.setdefault(run, lane)
 
     async def _describe(
         self, tenant: Tenant, records: tuple[RunRecord, ...]

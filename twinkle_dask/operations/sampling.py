@@ -188,6 +188,14 @@ class Sampling:
             task.cancel()
         await asyncio.gather(*drawing, return_exceptions=True)
 
+    def forget_ended(self) -> None:
+        """Take the samplers of ended sessions out of memory; a drawing keeps what it needs."""
+        self._handles = {
+            sampler: handle
+            for sampler, handle in self._handles.items()
+            if self._sessions.is_active(handle.record.session_id)
+        }
+
     async def _handle(self, tenant: TenantId, sampler: SamplerId) -> _Handle:
         handle = self._handles.get(sampler)
         if handle is None:

@@ -10,11 +10,14 @@ import structlog
 
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import ServiceConfig
+from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.closing import Closing
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.sampling import Sampling
 from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.sweeping import sweep
 from twinkle_dask.operations.tenants import Tenants
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.training import Training
@@ -51,6 +54,7 @@ class Service:
         self, tenant: Tenant, session: SessionId, *, reason: str, detail: str | None
     ) -> None:
         """Close a session and free what its runs hold on hosts."""
+        validation.text(detail, "detail", validation.MAX_DETAIL_LENGTH)
         if await self.sessions.finish(tenant, session, reason=reason, detail=detail):
             await self.runs.release_session(session)
 
@@ -107,6 +111,14 @@ async def open_service(
             tickets=tickets,
             limits=config.limits,
         )
+        closing = Closing(
+            store=store,
+            blobs=blobs,
+            sessions=sessions,
+            runs=runs,
+            sampling=sampling,
+            checkpoints=checkpoints,
+        )
         upkeep = Upkeep(
             config=config,
             store=store,
@@ -115,7 +127,9 @@ async def open_service(
             runs=runs,
             checkpoints=checkpoints,
             tickets=tickets,
+            closing=closing,
         )
+        await sweep(store, blobs)
         await sessions.load()
         await runs.recover()
         await sampling.recover()
@@ -127,7 +141,7 @@ async def open_service(
                 catalogue=catalogue,
                 sessions=sessions,
                 runs=runs,
-                training=Training(runs, store, checkpoints, catalogue),
+                training=Training(runs, store, checkpoints, catalogue, config.limits),
                 sampling=sampling,
                 checkpoints=checkpoints,
                 tickets=tickets,

@@ -2,13 +2,13 @@
 
 import secrets
 import time
-from dataclasses import replace
 
 import structlog
 
 from twinkle_dask.clock import utc_now
 from twinkle_dask.errors import NotFound, SessionEnded
 from twinkle_dask.lifecycle import SESSION, SessionEvent, move
+from twinkle_dask.operations import validation
 from twinkle_dask.operations.values import Page, SessionInfo, Tenant
 from twinkle_dask.store.records import SessionRecord
 from twinkle_dask.store.store import Store
@@ -43,6 +43,13 @@ class Sessions:
         idempotency_key: str | None,
     ) -> SessionId:
         """Open a session; a repeat with the same idempotency key finds the first one."""
+        labels = {
+            "display_name": display_name,
+            "project_id": project_id,
+            "sdk_version": sdk_version,
+            "The idempotency key": idempotency_key,
+        }
+        validation.session(tags=tags, user_metadata=user_metadata, labels=labels)
         if idempotency_key is not None:
             known = await self._store.sessions.by_idempotency_key(tenant.id, idempotency_key)
             if known is not None:
@@ -106,16 +113,22 @@ class Sessions:
             if await self._store.sessions.get(tenant.id, session) is None:
                 raise NotFound(f"There is no session {session!r}.")
             return False
-        await self._end(record, SessionEvent.FINISH, reason, detail)
-        return True
+        return await self._end(record, SessionEvent.FINISH, reason, detail)
 
-    async def expire(self, timeout_s: float) -> list[SessionId]:
-        """End the sessions that were not heard of for ``timeout_s``."""
-        limit_s = time.monotonic() - timeout_s
-        late = [record for id_, record in self._active.items() if self._seen_s[id_] < limit_s]
-        for record in late:
-            await self._end(record, SessionEvent.EXPIRE, "expired", None)
-        return [record.id for record in late]
+    async def expire(self, timeout_s: float) -> None:
+        """End the sessions that were not heard of for ``timeout_s``.
+
+        One that cannot be ended is logged and does not keep the others from ending.
+        """
+        for record in list(self._active.values()):
+            # Looked at only now: ending the ones before took time to be heard of in.
+            seen_s = self._seen_s.get(record.id)
+            if seen_s is None or time.monotonic() - seen_s < timeout_s:
+                continue
+            try:
+                await self._end(record, SessionEvent.EXPIRE, "expired", None)
+            except Exception:
+                log.exception("session_not_expired", session=record.id)
 
     async def flush(self) -> None:
         """Write down who was heard of since the last call."""
@@ -151,11 +164,15 @@ class Sessions:
 
     async def _end(
         self, record: SessionRecord, event: SessionEvent, reason: str, detail: str | None
-    ) -> None:
+    ) -> bool:
+        """End a session, unless somebody does so at the same time; whether it was this call."""
         state = move(SESSION, record.state, event)
-        del self._active[record.id]
-        del self._seen_s[record.id]
-        now = utc_now()
-        await self._store.sessions.end(record.id, state, reason=reason, detail=detail, when=now)
-        ended = replace(record, ended_at=now, end_reason=reason)
-        log.info("session_ended", session=ended.id, reason=reason)
+        # The record first: if it cannot be written, the session goes on and is ended later.
+        first = await self._store.sessions.end(
+            record.id, state, reason=reason, detail=detail, when=utc_now()
+        )
+        self._active.pop(record.id, None)
+        self._seen_s.pop(record.id, None)
+        if first:
+            log.info("session_ended", session=record.id, reason=reason)
+        return first

@@ -1,7 +1,9 @@
 """What a tenant does to a run: one function per operation, all through ``Runs.submit``."""
 
+import asyncio
 import secrets
 
+from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest, NotFound
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
@@ -9,9 +11,9 @@ from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.lanes import Lane
 from twinkle_dask.operations.requests import (
     LaneRequest,
-    LoadState,
     SaveForSampler,
     SaveState,
+    load_of,
 )
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.values import CheckpointAddress, ServedModel, Tenant, Ticket
@@ -26,25 +28,43 @@ from twinkle_dask.types import (
     SamplerId,
 )
 
+#: Larger batches are checked on a thread, so that the event loop keeps turning (16,384 data of a
+#: token take half a second).
+_CHECK_INLINE_TOKENS = 20_000
+_CHECK_INLINE_DATA = 512
+
 
 class Training:
     """Operations on runs. Each gives a ticket at once; the work is done in ``seq`` order."""
 
     def __init__(
-        self, runs: Runs, store: Store, checkpoints: Checkpoints, catalogue: Catalogue
+        self,
+        runs: Runs,
+        store: Store,
+        checkpoints: Checkpoints,
+        catalogue: Catalogue,
+        limits: LimitConfig,
     ) -> None:
         self._runs = runs
         self._store = store
         self._checkpoints = checkpoints
         self._catalogue = catalogue
+        self._limits = limits
 
     async def forward_backward(
         self, tenant: Tenant, run: RunId, *, seq: int | None, batch: ForwardBackward
     ) -> Ticket:
         """Add the gradient of a batch, or evaluate it."""
+        large = len(batch.data) > _CHECK_INLINE_DATA or batch.num_tokens > _CHECK_INLINE_TOKENS
+        if large:
+            # Before its place is looked at. A refusal frees the place as one by ``make`` does,
+            # since the face reports it.
+            lane = await self._runs.lane(tenant, run)
+            model = self._catalogue.get(lane.run.base_model)
+            await asyncio.to_thread(validation.batch, batch, model, self._limits)
 
         def make(_lane: Lane, model: ServedModel) -> LaneRequest:
-            return validation.batch(batch, model)
+            return batch if large else validation.batch(batch, model, self._limits)
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
 
@@ -156,9 +176,7 @@ class Training:
                     f"The checkpoint has rank {theirs.rank} and other targets than this run of "
                     f"rank {ours.rank}; create a new run from the checkpoint."
                 )
-            if with_optimizer and not record.has_optimizer:
-                raise InvalidRequest(f"Checkpoint {address.name!r} has no optimizer state.")
-            return LoadState(address=address, folder=record.path, with_optimizer=with_optimizer)
+            return load_of(record, address, with_optimizer=with_optimizer)
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
 

@@ -9,13 +9,19 @@ from twinkle_dask.clock import utc_now
 from twinkle_dask.config import ServiceConfig
 from twinkle_dask.errors import StorageFailed
 from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.closing import Closing
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.sweeping import remove_all
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.store import Store
 
 log = structlog.stdlib.get_logger(__name__)
+
+#: A round removes at most so many operations, some at a time so that others get their turn.
+_PRUNE_AT_ONCE = 1_000
+_MAX_PRUNES = 50
 
 
 class Upkeep:
@@ -31,6 +37,7 @@ class Upkeep:
         runs: Runs,
         checkpoints: Checkpoints,
         tickets: TicketBoard,
+        closing: Closing,
     ) -> None:
         self._config = config
         self._store = store
@@ -39,25 +46,29 @@ class Upkeep:
         self._runs = runs
         self._checkpoints = checkpoints
         self._tickets = tickets
+        self._closing = closing
 
     async def run_forever(self) -> None:
-        """Tidy until cancelled; a failure is logged and tried again next time."""
+        """Tidy until cancelled."""
         while True:
             await asyncio.sleep(self._config.journal.prune_interval_s)
+            await self.tidy()
+
+    async def tidy(self) -> None:
+        """One round. A step that fails is logged and tried again in the next one."""
+        for step in (
+            self.flush,
+            self._expire,
+            self._closing.close_ended,
+            self._checkpoints.remove_expired,
+            self._prune,
+        ):
             try:
-                await self.tidy()
+                await step()
             except StorageFailed as error:
                 log.warning("upkeep_failed", error=error.message)
             except Exception:
                 log.exception("upkeep_failed")
-
-    async def tidy(self) -> None:
-        """One round."""
-        await self.flush()
-        for session in await self._sessions.expire(self._config.limits.session_timeout_s):
-            await self._runs.release_session(session)
-        await self._checkpoints.remove_expired()
-        await self._prune()
 
     async def flush(self) -> None:
         """Write down what is only in memory: who was heard of, and what was delivered."""
@@ -67,14 +78,19 @@ class Upkeep:
         if delivered:
             await self._store.journal.delivered(delivered, utc_now())
 
+    async def _expire(self) -> None:
+        await self._sessions.expire(self._config.limits.session_timeout_s)
+
     async def _prune(self) -> None:
         now = utc_now()
         journal = self._config.journal
-        removed = await self._store.journal.prune(
-            delivered_before=now - timedelta(seconds=journal.keep_delivered_s),
-            finished_before=now - timedelta(seconds=journal.keep_finished_s),
-        )
-        for record in removed:
-            for path in (record.payload_path, record.result_path):
-                if path is not None:
-                    await asyncio.to_thread(self._blobs.remove, path)
+        for _ in range(_MAX_PRUNES):
+            removed = await self._store.journal.prune(
+                delivered_before=now - timedelta(seconds=journal.keep_delivered_s),
+                finished_before=now - timedelta(seconds=journal.keep_finished_s),
+                limit=_PRUNE_AT_ONCE,
+            )
+            paths = (path for one in removed for path in (one.payload_path, one.result_path))
+            await remove_all(self._blobs, [path for path in paths if path is not None])
+            if len(removed) < _PRUNE_AT_ONCE:
+                return

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+import orjson
 
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest
@@ -20,6 +21,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MAX_NAME_LENGTH = 128
 MIN_TTL_S = 3600
 MAX_TTL_S = 10 * 365 * 86400
+MAX_LABEL_LENGTH = 256
+MAX_TAGS = 64
+MAX_DETAIL_LENGTH = 8192
+MAX_METADATA_BYTES = 64 * 1024
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
 
 
 def checkpoint_name(name: str) -> str:
@@ -57,10 +64,14 @@ def lora(request: LoraRequest, model: ServedModel) -> LoraRequest:
     return request
 
 
-def batch(request: ForwardBackward, model: ServedModel) -> ForwardBackward:
+def batch(request: ForwardBackward, model: ServedModel, limits: LimitConfig) -> ForwardBackward:
     """Tokens, targets and loss inputs of every datum."""
     if not request.data:
         raise InvalidRequest("The batch is empty; send at least one datum.")
+    if len(request.data) > limits.max_data:
+        raise InvalidRequest(
+            f"The batch has {len(request.data)} data; send at most {limits.max_data} at a time."
+        )
     for index, datum in enumerate(request.data):
         _datum(datum, request, model, f"Datum {index}")
     return request
@@ -159,8 +170,10 @@ def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> S
         raise InvalidRequest(f"top_k must be -1 (all) or at least 1, not {params.top_k}.")
     if not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {params.top_p}.")
-    if any(not text for text in params.stop.strings):
-        raise InvalidRequest("A stop string must not be empty.")
+    if max(len(params.stop.strings), len(params.stop.tokens)) > MAX_STOPS:
+        raise InvalidRequest(f"A request may have {MAX_STOPS} stop strings or tokens.")
+    if any(not 1 <= len(text) <= MAX_STOP_LENGTH for text in params.stop.strings):
+        raise InvalidRequest(f"A stop string must have from 1 to {MAX_STOP_LENGTH} characters.")
     if params.stop.strings and not model.facts.has_tokenizer:
         raise InvalidRequest(f"{model.name!r} has no tokenizer here; give stop token ids instead.")
     if params.stop.tokens:
@@ -168,8 +181,39 @@ def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> S
     return request
 
 
+def session(
+    *,
+    tags: tuple[str, ...],
+    user_metadata: Mapping[str, object],
+    labels: Mapping[str, str | None],
+) -> None:
+    """What a client says about itself: few tags, small metadata, short ``labels`` by name."""
+    if len(tags) > MAX_TAGS:
+        raise InvalidRequest(f"A session may have {MAX_TAGS} tags, not {len(tags)}.")
+    for tag in tags:
+        text(tag, "A tag", MAX_LABEL_LENGTH)
+    for name, value in labels.items():
+        text(value, name, MAX_LABEL_LENGTH)
+    metadata(user_metadata, "A session's")
+
+
+def text(value: str | None, what: str, max_length: int) -> None:
+    """A text that every database can store in a column, if there is one."""
+    if value is None:
+        return
+    if len(value) > max_length:
+        raise InvalidRequest(f"{what} may have {max_length} characters, not {len(value)}.")
+    if "\0" in value:
+        raise InvalidRequest(f"{what} must not contain the character 0.")
+
+
 def metadata(values: Mapping[str, object], what: str) -> None:
-    """User metadata small enough to list."""
-    size = sum(len(str(key)) + len(str(value)) for key, value in values.items())
-    if size > 64 * 1024:
-        raise InvalidRequest(f"{what} metadata may have 64 KiB of text, not {size} characters.")
+    """User metadata small enough to list, and not nested too deeply to write down again."""
+    try:
+        size = len(orjson.dumps(values))
+    except orjson.JSONEncodeError:
+        raise InvalidRequest(f"{what} metadata is nested too deeply.") from None
+    if size > MAX_METADATA_BYTES:
+        raise InvalidRequest(
+            f"{what} metadata may have {MAX_METADATA_BYTES // 1024} KiB as JSON, not {size} bytes."
+        )

@@ -113,15 +113,14 @@ class BlobStore:
         with plain_faults(f"write {path}"):
             self._backend.put_folder(path, files, overwrite=overwrite, marker=marker)
 
-    def get_file(self, folder: str, name: str) -> bytes:
-        """Read one file of a folder; raises like ``get``."""
-        return self.get(f"{folder}/{name}")
-
     def names(self, folder: str) -> tuple[str, ...]:
-        """Names of the files of a folder, sorted; empty if there is no such folder."""
+        """Names of what is directly in a folder, sorted; empty if there is no such folder.
+
+        Names that this class would not have written (hidden files, say) are passed over.
+        """
         check_path(folder)
         with plain_faults(f"list {folder}"):
-            return self._backend.names(folder)
+            return tuple(name for name in self._backend.names(folder) if _SEGMENT.fullmatch(name))
 
     def remove(self, path: str) -> None:
         """Remove a blob or a folder with everything in it; nothing there is fine.
@@ -132,22 +131,6 @@ class BlobStore:
         check_path(path)
         with plain_faults(f"remove {path}"):
             self._backend.remove(path)
-
-    def size(self, path: str) -> int:
-        """Bytes of a blob, or of all files of a folder.
-
-        Raises:
-            StorageFailed: There is no such path.
-        """
-        check_path(path)
-        with plain_faults(f"look at {path}"):
-            return self._backend.size(path)
-
-    def exists(self, path: str) -> bool:
-        """Whether there is a blob or folder at ``path``."""
-        check_path(path)
-        with plain_faults(f"look at {path}"):
-            return self._backend.exists(path)
 
     def clean_temporary(self, *, older_than_s: float = 3600.0) -> int:
         """Finish what dead writers left behind: remove halves, put back a folder set aside.

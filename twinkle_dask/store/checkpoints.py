@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from twinkle_dask.store.database import Database, Page, insert_new
-from twinkle_dask.store.records import CheckpointKind, CheckpointRecord
+from twinkle_dask.store.records import CheckpointKind, CheckpointRecord, OperationState, RunPhase
 from twinkle_dask.store.rows import from_row, to_row
 from twinkle_dask.store.tables import checkpoints as t
+from twinkle_dask.store.tables import operations, runs, samplers
 from twinkle_dask.types import RunId, TenantId
 
 
@@ -100,6 +101,24 @@ class Checkpoints:
         return await self._database.all(
             CheckpointRecord, select(t).where(t.c.expires_at <= now).order_by(t.c.expires_at)
         )
+
+    async def left_behind(self) -> tuple[CheckpointRecord, ...]:
+        """Every unnamed one of a closed run that no sample is waiting for.
+
+        Only its sampler could reach it, and that belongs to the session of the run, which is over.
+        """
+        drawing = exists().where(
+            samplers.c.session_id == runs.c.session_id,
+            samplers.c.checkpoint_id == t.c.id,
+            operations.c.sampler_id == samplers.c.id,
+            operations.c.state == OperationState.PENDING,
+        )
+        query = (
+            select(t)
+            .join(runs, runs.c.id == t.c.run_id)
+            .where(t.c.name.is_(None), runs.c.state == RunPhase.CLOSED, ~drawing)
+        )
+        return await self._database.all(CheckpointRecord, query)
 
     async def delete(self, checkpoint: str) -> bool:
         """Remove the record (not its files); False if there is none."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import ColumnElement, Delete, Select, Table, Update, func, select
+from sqlalchemy import ColumnElement, CompoundSelect, Delete, Select, Table, Update, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -71,6 +71,12 @@ class Database:
         with database_faults("read records"):
             async with self._reading.connect() as connection:
                 return await connection.scalar(query)
+
+    async def values(self, query: Select[Any] | CompoundSelect[Any]) -> tuple[Any, ...]:
+        """The first column of all rows of a query."""
+        with database_faults("read records"):
+            async with self._reading.connect() as connection:
+                return tuple((await connection.scalars(query)).all())
 
     async def page(
         self, kind: type[R], table: Table, which: ColumnElement[bool], limit: int, offset: int

@@ -3,16 +3,26 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, union_all, update
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+    union_all,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from twinkle_dask.store.database import Database
 from twinkle_dask.store.records import OperationRecord, OperationState
-from twinkle_dask.store.rows import from_row
 from twinkle_dask.store.runs import LIVE
 from twinkle_dask.store.tables import operations as t
 from twinkle_dask.store.tables import runs
-from twinkle_dask.types import RunId, SamplerId, TenantId, TicketId
+from twinkle_dask.types import RunId, TenantId, TicketId
 
 
 class DuplicateOperation(Exception):
@@ -94,12 +104,6 @@ class Journal:
             OperationRecord, select(t).where(t.c.run_id == run, t.c.seq == seq)
         )
 
-    async def at_sampler(self, sampler: SamplerId, seq: int) -> OperationRecord | None:
-        """The operation that a sampler was asked for under a number."""
-        return await self._database.one(
-            OperationRecord, select(t).where(t.c.sampler_id == sampler, t.c.seq == seq)
-        )
-
     async def first_pending_seq(self, run: RunId) -> int | None:
         """The lowest place of a run whose operation has no outcome; None if there is none."""
         pending = and_(t.c.run_id == run, t.c.state == OperationState.PENDING)
@@ -136,38 +140,47 @@ class Journal:
     ) -> tuple[OperationRecord, ...]:
         """Remove finished operations that are delivered, or old enough to give up on their client.
 
-        Operations that a live run's snapshot does not contain stay: a replay needs them.
+        Of what a live run's snapshot does not contain, two things stay: operations that change
+        the run, since a replay needs them, and the last one, which tells where its order stands.
 
         Returns:
             What was removed, so that payload and result blobs can go too. At most ``limit``, to
             keep the transaction short; fewer means that nothing is left to remove.
         """
+        later = t.alias()
+        follows = and_(later.c.run_id == t.c.run_id, later.c.seq > t.c.seq)
+        is_last = ~exists().where(follows).correlate(t)
         after_snapshot = or_(runs.c.snapshot_path.is_(None), t.c.seq > runs.c.snapshot_seq)
-        replayable = exists().where(
-            runs.c.id == t.c.run_id, runs.c.state.in_(LIVE), t.c.seq.is_not(None), after_snapshot
+        needed = exists().where(
+            runs.c.id == t.c.run_id,
+            runs.c.state.in_(LIVE),
+            t.c.seq.is_not(None),
+            after_snapshot,
+            or_(t.c.changes_run, is_last),
         )
         done_with = and_(
             t.c.state != OperationState.PENDING,
             or_(t.c.delivered_at < delivered_before, t.c.finished_at < finished_before),
-            ~replayable,
+            ~needed,
         )
-        some = select(t.c.ticket_id).where(done_with).limit(limit)
+        # Found outside the writer: what is done with stays so, and others need not wait.
+        found = await self._database.all(OperationRecord, select(t).where(done_with).limit(limit))
+        if found:
+            tickets = tuple(operation.ticket_id for operation in found)
+            await self._database.change(delete(t).where(t.c.ticket_id.in_(tickets)))
+        return found
 
-        async def work(connection: AsyncConnection) -> tuple[OperationRecord, ...]:
-            gone = await connection.execute(delete(t).where(t.c.ticket_id.in_(some)).returning(t))
-            return tuple(from_row(OperationRecord, row) for row in gone.mappings())
+    async def prune_replayed(self, run: RunId, *, up_to_seq: int | None = None) -> tuple[str, ...]:
+        """Forget the payloads that the run's snapshot has made needless; without it, all of them.
 
-        return await self._database.write(work)
-
-    async def prune_replayed(self, run: RunId, *, up_to_seq: int) -> tuple[str, ...]:
-        """Forget the payloads that the run's snapshot has made needless.
+        Those of pending operations stay.
 
         Returns:
             Their blob paths, to be removed.
         """
         needless = and_(
             t.c.run_id == run,
-            t.c.seq <= up_to_seq,
+            true() if up_to_seq is None else t.c.seq <= up_to_seq,
             t.c.payload_path.is_not(None),
             t.c.state != OperationState.PENDING,
         )
@@ -180,6 +193,13 @@ class Journal:
             return tuple(paths)
 
         return await self._database.write(work)
+
+    async def blob_paths(self) -> frozenset[str]:
+        """Every payload and result that an operation names."""
+        paths = (
+            select(path).where(path.is_not(None)) for path in (t.c.payload_path, t.c.result_path)
+        )
+        return frozenset(await self._database.values(union_all(*paths)))
 
     async def _settle(self, ticket: TicketId, **outcome: object) -> bool:
         pending = and_(t.c.ticket_id == ticket, t.c.state == OperationState.PENDING)

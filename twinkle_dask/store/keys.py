@@ -17,10 +17,6 @@ class Keys:
         """Store a key and return what is stored: for a known hash the earlier record."""
         return await self._database.insert(t, key, lambda: t.c.key_hash == key.key_hash)
 
-    async def by_hash(self, key_hash: str) -> TenantKey | None:
-        """The key with this hash."""
-        return await self._database.one(TenantKey, select(t).where(t.c.key_hash == key_hash))
-
     async def all(self) -> tuple[TenantKey, ...]:
         """Every key, oldest first."""
         return await self._database.all(TenantKey, select(t).order_by(t.c.created_at, t.c.key_hash))

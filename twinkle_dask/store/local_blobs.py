@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeAlias
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -70,11 +69,10 @@ class LocalBlobs:
         _sync_folder(os.path.dirname(target))
 
     def names(self, path: str) -> tuple[str, ...]:
-        """Files directly inside a folder."""
+        """What is directly inside a folder."""
         try:
-            with os.scandir(self._at(path)) as entries:
-                return tuple(sorted(entry.name for entry in entries if entry.is_file()))
-        except FileNotFoundError:
+            return tuple(sorted(os.listdir(self._at(path))))
+        except (FileNotFoundError, NotADirectoryError):
             return ()
 
     def remove(self, path: str) -> None:
@@ -85,17 +83,6 @@ class LocalBlobs:
         except FileNotFoundError:
             return
         _delete(doomed)
-
-    def size(self, path: str) -> int:
-        """Bytes of a file or of a folder's files."""
-        target = self._at(path)
-        if not os.path.isdir(target):
-            return os.stat(target).st_size
-        return sum(file.stat().st_size for file in Path(target).rglob("*") if file.is_file())
-
-    def exists(self, path: str) -> bool:
-        """Whether anything is there."""
-        return os.path.exists(self._at(path))
 
     def clean_temporary(self, older_than_s: float) -> int:
         """Put back folders set aside whose replacement never arrived; delete the rest."""

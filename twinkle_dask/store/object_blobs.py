@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]  # fsspec ships no types
 
@@ -18,8 +18,7 @@ class _FileSystem(Protocol):
     def cat_file(self, path: str) -> bytes: ...
     def rm_file(self, path: str) -> None: ...
     def rm(self, path: str, recursive: bool) -> None: ...
-    def find(self, path: str, *, withdirs: bool, detail: bool) -> dict[str, dict[str, Any]]: ...
-    def exists(self, path: str) -> bool: ...
+    def find(self, path: str, *, withdirs: bool, detail: bool) -> list[str]: ...
     def makedirs(self, path: str, exist_ok: bool) -> None: ...
     def invalidate_cache(self) -> None: ...
 
@@ -78,26 +77,17 @@ class ObjectBlobs:
                 self._fs.rm_file(self._at(f"{path}/{name}"))
 
     def names(self, path: str) -> tuple[str, ...]:
-        """Objects directly below a prefix."""
+        """Objects and prefixes directly below a prefix."""
         prefix = self._at(path) + "/"
-        names = (name.removeprefix(prefix) for name in self._find(path))
-        return tuple(sorted(name for name in names if "/" not in name))
+        self._fs.invalidate_cache()  # another process may have written meanwhile
+        found = self._fs.find(self._at(path), withdirs=False, detail=False)
+        below = (name.removeprefix(prefix) for name in found if name.startswith(prefix))
+        return tuple(sorted({name.split("/")[0] for name in below}))
 
     def remove(self, path: str) -> None:
         """Remove an object or a prefix."""
         with suppress(FileNotFoundError):
             self._fs.rm(self._at(path), recursive=True)
-
-    def size(self, path: str) -> int:
-        """Bytes of an object or of all below a prefix."""
-        found = self._find(path)
-        if not found:
-            raise FileNotFoundError(path)
-        return sum(int(info["size"]) for info in found.values())
-
-    def exists(self, path: str) -> bool:
-        """Whether there is an object or anything below the prefix."""
-        return self._fs.exists(self._at(path))
 
     def clean_temporary(self, older_than_s: float) -> int:
         """Nothing to do: nothing is written under a temporary name."""
@@ -105,7 +95,3 @@ class ObjectBlobs:
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
-
-    def _find(self, path: str) -> dict[str, dict[str, Any]]:
-        self._fs.invalidate_cache()  # another process may have written meanwhile
-        return self._fs.find(self._at(path), withdirs=False, detail=True)

@@ -9,7 +9,10 @@ from twinkle_dask.types import Json, LoraSpec, RunId, SamplerId, SessionId, Tena
 
 
 class RunPhase(StrEnum):
-    """A run is usable while ready; failed means it could not be created."""
+    """A run is usable while ready; failed means it could not be created.
+
+    Closed is the end of all: its session is over, and only results and checkpoints are left.
+    """
 
     CREATING = "creating"
     READY = "ready"
@@ -106,6 +109,7 @@ class OperationRecord:
         run_id: The run in whose order it stands, if any.
         sampler_id: The sampler that it asks, if any; an operation has a run or a sampler, not both.
         seq: Unique within the run, or within the sampler; None if it was given none.
+        changes_run: Whether the run differs afterwards, so that a replay needs it.
         payload_path: Blob to replay it from; None once no replay can need it.
         sequence_ids: For samples, the names of the sequences.
         error_kind: For a failure, the class of the error.
@@ -118,6 +122,7 @@ class OperationRecord:
     run_id: RunId | None = None
     sampler_id: SamplerId | None = None
     seq: int | None = None
+    changes_run: bool = False
     payload_path: str | None = None
     payload_bytes: int = 0
     state: OperationState = OperationState.PENDING

@@ -3,16 +3,19 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, exists, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from twinkle_dask.store.database import Database, Page
-from twinkle_dask.store.records import RunPhase, RunRecord
+from twinkle_dask.store.records import OperationState, RunPhase, RunRecord, SessionState
+from twinkle_dask.store.tables import operations, sessions
 from twinkle_dask.store.tables import runs as t
 from twinkle_dask.types import RunId, SessionId, TenantId
 
 LIVE = (RunPhase.CREATING, RunPhase.READY)
 """States in which a run may still be asked for something, so that it must be recoverable."""
+
+_NOT_CLOSED = tuple(phase for phase in RunPhase if phase is not RunPhase.CLOSED)
 
 
 class Runs:
@@ -36,10 +39,27 @@ class Runs:
             RunRecord, select(t).where(t.c.id == run, t.c.tenant_id == tenant)
         )
 
-    async def live(self) -> tuple[RunRecord, ...]:
-        """Every run of every tenant that is creating or ready, oldest first."""
-        query = select(t).where(t.c.state.in_(LIVE)).order_by(t.c.created_at, t.c.id)
+    async def to_close(self) -> tuple[RunRecord, ...]:
+        """Every run whose session is over and whose acknowledged work is all done."""
+        pending = exists().where(
+            operations.c.run_id == t.c.id, operations.c.state == OperationState.PENDING
+        )
+        query = (
+            select(t)
+            .join(sessions, sessions.c.id == t.c.session_id)
+            .where(t.c.state.in_(_NOT_CLOSED), sessions.c.state != SessionState.ACTIVE, ~pending)
+        )
         return await self._database.all(RunRecord, query)
+
+    async def close(self, run: RunId) -> None:
+        """Nothing will be asked of the run any more, so nobody needs its snapshot."""
+        closed = update(t).where(t.c.id == run)
+        await self._database.change(closed.values(state=RunPhase.CLOSED, snapshot_path=None))
+
+    async def snapshot_folders(self) -> frozenset[str]:
+        """The blob folders of all snapshots that are of use."""
+        folders = select(t.c.snapshot_path).where(t.c.snapshot_path.is_not(None))
+        return frozenset(await self._database.values(folders))
 
     async def in_session(self, session: SessionId) -> tuple[RunRecord, ...]:
         """The session's runs by ``run_seq``."""
@@ -59,14 +79,15 @@ class Runs:
 
         Returns:
             The blob folder that nobody needs any more: the snapshot before, or ``path`` itself if
-            it came too late (a newer one is recorded) or the run is unknown; None if there is none.
+            it came too late (a newer one is recorded, the run is closed or unknown); None if there
+            is none.
         """
 
         async def work(connection: AsyncConnection) -> str | None:
             this = t.c.id == run
-            now = await connection.execute(select(t.c.snapshot_path, t.c.snapshot_seq).where(this))
-            row = now.one_or_none()
-            if row is None or row.snapshot_seq > seq:
+            columns = (t.c.state, t.c.snapshot_path, t.c.snapshot_seq)
+            row = (await connection.execute(select(*columns).where(this))).one_or_none()
+            if row is None or row.state is RunPhase.CLOSED or row.snapshot_seq > seq:
                 return path
             await connection.execute(
                 update(t).where(this).values(snapshot_path=path, snapshot_seq=seq)

@@ -3,9 +3,8 @@
 from sqlalchemy import ColumnElement, and_, or_, select
 
 from twinkle_dask.store.database import Database
-from twinkle_dask.store.records import SamplerRecord, SessionState
+from twinkle_dask.store.records import SamplerRecord
 from twinkle_dask.store.tables import samplers as t
-from twinkle_dask.store.tables import sessions
 from twinkle_dask.types import SamplerId, SessionId, TenantId
 
 
@@ -30,16 +29,6 @@ class Samplers:
         return await self._database.one(
             SamplerRecord, select(t).where(t.c.id == sampler, t.c.tenant_id == tenant)
         )
-
-    async def live(self) -> tuple[SamplerRecord, ...]:
-        """Every sampler whose session is active, oldest first."""
-        query = (
-            select(t)
-            .join(sessions, sessions.c.id == t.c.session_id)
-            .where(sessions.c.state == SessionState.ACTIVE)
-            .order_by(t.c.created_at, t.c.id)
-        )
-        return await self._database.all(SamplerRecord, query)
 
     async def in_session(self, session: SessionId) -> tuple[SamplerRecord, ...]:
         """The session's samplers by ``sampler_seq``."""

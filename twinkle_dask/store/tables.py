@@ -182,6 +182,7 @@ operations = Table(
     Column("run_id", String, ForeignKey("runs.id")),
     Column("sampler_id", String, ForeignKey("samplers.id")),
     Column("seq", BigInteger),
+    Column("changes_run", Boolean, nullable=False),
     Column("payload_path", String),
     Column("payload_bytes", BigInteger, nullable=False),
     Column("state", Named(OperationState), nullable=False, index=True),
@@ -191,8 +192,8 @@ operations = Table(
     Column("error_kind", String),
     Column("error_message", Text),
     Column("created_at", UtcDateTime, nullable=False),
-    Column("finished_at", UtcDateTime),
-    Column("delivered_at", UtcDateTime),
+    Column("finished_at", UtcDateTime, index=True),
+    Column("delivered_at", UtcDateTime, index=True),
     UniqueConstraint("run_id", "seq"),
     UniqueConstraint("sampler_id", "seq"),
 )

@@ -20,23 +20,30 @@ from twinkle_dask.types import (
     StopReason,
 )
 from twinkle_dask_gateway.tinker import tinker_pb2 as pb
+from twinkle_dask_gateway.tinker.counting import check_counts
 from twinkle_dask_gateway.tinker.tensors import Array, Growth, datum_of, dense, sparse
+from twinkle_dask_gateway.tinker.wire import MAX_ID_LENGTH
 
 _T = TypeVar("_T", bound=np.generic)
 
 
-def parse_forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
+def parse_forward_backward(body: bytes, *, max_data: int) -> pb.ForwardBackwardRequest:
     """Read the message; ``batch_of`` reads what is in it.
 
     Raises:
-        InvalidRequest: The bytes are no such message, for example because some are missing.
+        InvalidRequest: The bytes are no such message, for example because some are missing; or it
+            has too many data, or an id that is none.
     """
+    check_counts(body, max_data)
     try:
-        return pb.ForwardBackwardRequest.FromString(body)
+        message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise InvalidRequest(
             f"The body ({len(body)} bytes) is not a complete protobuf ForwardBackwardRequest."
         ) from None
+    if not 1 <= len(message.model_id) <= MAX_ID_LENGTH:
+        raise InvalidRequest(f"model_id must have from 1 to {MAX_ID_LENGTH} characters.")
+    return message
 
 
 def batch_of(message: pb.ForwardBackwardRequest, growth: Growth) -> ForwardBackward:

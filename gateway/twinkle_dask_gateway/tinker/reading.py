@@ -52,14 +52,14 @@ async def read_object(request: Request) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
-def check(model: type[_M], body: Mapping[str, Any]) -> _M:
-    """Hold a body against its model.
+def check(model: type[_M], body: Mapping[str, Any], *, max_data: int | None = None) -> _M:
+    """Hold a body against its model, which may have at most ``max_data`` data.
 
     Raises:
         InvalidRequest: It does not fit; the message names the field, never its content.
     """
     try:
-        return model.model_validate(body)
+        return model.model_validate(body, context={"max_data": max_data})
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         raise InvalidRequest(describe(problems)) from None

@@ -11,7 +11,14 @@ from twinkle_dask.types import ForwardBackward, RunId, SessionId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.config import GatewayConfig
 from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
-from twinkle_dask_gateway.tinker import codec, codec_json, codec_proto, replies, wire
+from twinkle_dask_gateway.tinker import (
+    codec,
+    codec_json,
+    codec_proto,
+    replies,
+    tinker_pb2,
+    wire,
+)
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
 from twinkle_dask_gateway.tinker.reading import (
@@ -39,7 +46,11 @@ async def forward_backward(
     async with submitting(service, tenant) as place:
         content = await read_bytes(request)
         size = len(content)
-        message = await aside(size, config, lambda: codec_proto.parse_forward_backward(content))
+
+        def parse() -> tinker_pb2.ForwardBackwardRequest:
+            return codec_proto.parse_forward_backward(content, max_data=config.max_data)
+
+        message = await aside(size, config, parse)
         place.at(message.model_id, message.seq_id)
         if message.seq_id < 0:
             raise InvalidRequest(f"seq_id must not be negative, but is {message.seq_id}.")
@@ -105,7 +116,7 @@ async def _json_batch(
         place.of(content)
 
         def decode() -> tuple[wire.ForwardBackward | wire.Forward, ForwardBackward]:
-            body = check(model, content)
+            body = check(model, content, max_data=config.max_data)
             growth = Growth(config.max_decoded_bytes)
             return body, codec_json.batch_of(body.batch, backward=body.backward, growth=growth)
 

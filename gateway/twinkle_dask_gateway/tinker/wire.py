@@ -8,7 +8,16 @@ one that was put. Old clients leave the ``type`` tags out: nothing here requires
 
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from twinkle_dask_gateway.tinker.counting import check_num_data
 
 _HINTS = {
     "topk_prompt_logprobs": "Leave it 0; prompt_logprobs scores the prompt's own tokens.",
@@ -24,7 +33,8 @@ _HINTS = {
     "age_encryption_recipients": "Leave it out.",
 }
 
-Id = Annotated[str, Field(min_length=1, max_length=256)]
+MAX_ID_LENGTH = 256
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
 MAX_RUN_SEQ = 2**31 - 1  # protobuf has no more
 RunSeq = Annotated[int, Field(ge=0, le=MAX_RUN_SEQ)]
@@ -189,6 +199,15 @@ class ForwardBackwardInput(Asked):
     data: list[Datum]
     loss_fn: str
     loss_fn_config: dict[str, float | str] | None = None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _not_too_many(cls, data: Any, info: ValidationInfo) -> Any:
+        # Before the data are looked at one by one.
+        max_data = cast(dict[str, int | None], info.context or {}).get("max_data")
+        if max_data is not None and isinstance(data, list):
+            check_num_data(len(cast(list[Any], data)), max_data)
+        return cast(Any, data)
 
 
 class ForwardBackward(Asked):

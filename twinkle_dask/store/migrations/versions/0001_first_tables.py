@@ -117,6 +117,7 @@ def upgrade() -> None:
         sa.Column("run_id", sa.String()),
         sa.Column("sampler_id", sa.String()),
         sa.Column("seq", sa.BigInteger()),
+        sa.Column("changes_run", sa.Boolean(), nullable=False),
         sa.Column("payload_path", sa.String()),
         sa.Column("payload_bytes", sa.BigInteger(), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
@@ -135,3 +136,5 @@ def upgrade() -> None:
         sa.UniqueConstraint("sampler_id", "seq", name="uq_operations_sampler_id_seq"),
     )
     op.create_index("ix_operations_state", "operations", ["state"])
+    op.create_index("ix_operations_finished_at", "operations", ["finished_at"])
+    op.create_index("ix_operations_delivered_at", "operations", ["delivered_at"])

@@ -1,0 +1,164 @@
+"""Bounds of what a tenant may send, and where large batches are looked at."""
+
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from twinkle_dask.config import LimitConfig
+from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.operations import validation
+from twinkle_dask.operations.tenants import key_hint
+from twinkle_dask.operations.training import Training
+from twinkle_dask.operations.values import ServedModel, Tenant
+from twinkle_dask.types import (
+    Datum,
+    ForwardBackward,
+    LossName,
+    LossSpec,
+    ModelFacts,
+    RunId,
+    SampleRequest,
+    SamplingParams,
+    Stop,
+    TenantId,
+)
+
+MODEL = ServedModel(
+    name="m",
+    source="s",
+    tokenizer_id="t",
+    facts=ModelFacts(
+        architecture="a",
+        vocab_size=100,
+        context_length=50,
+        num_parameters=1,
+        dtype="float32",
+        eos_token_ids=(0,),
+        max_rank=8,
+        has_tokenizer=True,
+    ),
+)
+LIMITS = LimitConfig(max_data=600)
+DATUM = Datum(
+    tokens=np.array([1, 2], np.int32), target_tokens=np.array([2, 3], np.int64), loss_inputs={}
+)
+SAMPLE = SampleRequest(prompt=np.array([1], np.int32), params=SamplingParams(max_tokens=1))
+
+
+def batch_of(num: int, datum: Datum = DATUM) -> ForwardBackward:
+    return ForwardBackward(data=(datum,) * num, loss=LossSpec(name=LossName.CROSS_ENTROPY))
+
+
+def test_a_batch_has_so_many_data_and_no_more() -> None:
+    validation.batch(batch_of(600), MODEL, LIMITS)
+    with pytest.raises(InvalidRequest, match="601 data; send at most 600"):
+        validation.batch(batch_of(601), MODEL, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("stop", "says"),
+    [
+        (Stop(strings=("x",) * 65), "64 stop"),
+        (Stop(tokens=(1,) * 65), "64 stop"),
+        (Stop(strings=("x" * 1025,)), "from 1 to 1024"),
+        (Stop(strings=("ok", "")), "from 1 to 1024"),
+    ],
+)
+def test_stops_are_few_and_short(stop: Stop, says: str) -> None:
+    fits = Stop(strings=("x" * 1024,) * 64, tokens=(1,) * 64)
+    for request in (fits, Stop()):
+        params = replace(SAMPLE.params, stop=request)
+        validation.sample(replace(SAMPLE, params=params), MODEL, LIMITS)
+    with pytest.raises(InvalidRequest, match=says):
+        validation.sample(replace(SAMPLE, params=replace(SAMPLE.params, stop=stop)), MODEL, LIMITS)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tags": ("x",) * 65}, "64 tags, not 65"),
+        ({"tags": ("x" * 257,)}, "A tag may have 256"),
+        ({"tags": ("a\0b",)}, "A tag must not"),
+        ({"labels": {"display_name": "x" * 257}}, "display_name may have 256"),
+        ({"user_metadata": {"a": "x" * 70_000}}, "A session's metadata may have 64 KiB"),
+        ({"user_metadata": nested(1000)}, "nested too deeply"),
+    ],
+)
+def test_what_a_session_says_of_itself_is_short(change: dict[str, Any], says: str) -> None:
+    fits: dict[str, Any] = {
+        "tags": ("x" * 256,) * 64,
+        "user_metadata": {"a": "x" * 60_000, "b": nested(100)},
+        "labels": {"display_name": "x" * 256, "project_id": None},
+    }
+    validation.session(**fits)
+    with pytest.raises(InvalidRequest, match=says):
+        validation.session(**fits | change)
+
+
+def test_a_short_key_is_not_hinted_at() -> None:
+    assert key_hint("tml-0123456789abcdef") == "cdef"
+    assert key_hint("tml-0123456789abcde") == ""
+
+
+class FakeRuns:
+    """Takes whatever ``make`` gives, and knows in which thread that was."""
+
+    taken: ForwardBackward | None = None
+    threads: list[str]
+
+    async def lane(self, _tenant: Tenant, _run: RunId) -> Any:
+        return SimpleNamespace(run=SimpleNamespace(base_model="m"))
+
+    async def submit(self, _tenant: Tenant, _run: RunId, *, seq: int | None, make: Any) -> None:
+        self.taken = make(None, MODEL)
+
+
+def training_of(runs: FakeRuns) -> Training:
+    catalogue = SimpleNamespace(get={"m": MODEL}.__getitem__)
+    nothing = cast(Any, None)
+    return Training(cast(Any, runs), nothing, nothing, cast(Any, catalogue), LIMITS)
+
+
+ME = Tenant(id=TenantId("me"), name="me", key_hint="")
+LONG = Datum(tokens=np.ones(50, np.int32), target_tokens=np.ones(50, np.int64), loss_inputs={})
+
+
+@pytest.mark.parametrize(
+    ("batch", "aside"),
+    [(batch_of(512), False), (batch_of(513), True), (batch_of(401, LONG), True)],
+    ids=["small", "many data", "many tokens"],
+)
+async def test_a_large_batch_is_checked_off_the_loop(
+    batch: ForwardBackward, aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+    check = validation.batch
+
+    def watched(*arguments: Any) -> ForwardBackward:
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return check(*arguments)
+
+    monkeypatch.setattr(validation, "batch", watched)
+    runs = FakeRuns()
+    training = training_of(runs)
+    await training.forward_backward(ME, RunId("r"), seq=1, batch=batch)
+    assert runs.taken is batch
+    assert threads == [aside]
+
+
+async def test_a_large_batch_that_is_wrong_is_not_submitted() -> None:
+    runs = FakeRuns()
+    with pytest.raises(InvalidRequest, match="601 data"):
+        await training_of(runs).forward_backward(ME, RunId("r"), seq=1, batch=batch_of(601))
+    assert runs.taken is None

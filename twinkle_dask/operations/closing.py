@@ -1,0 +1,62 @@
+"""What an ended session leaves behind, and freeing it."""
+
+import structlog
+
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.sweeping import remove_all
+from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.store.records import RunRecord
+from twinkle_dask.store.store import Store
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Closing:
+    """Closes the runs of ended sessions.
+
+    What was acknowledged before the end is still done, and results and named checkpoints stay.
+    Everything else goes: the lane, the snapshot, the payloads in the journal, and weights that
+    were saved for one sampler only. It goes by what the records say and not by events, so what
+    was missed, by a failure or a restart, is made up for in the next round.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: BlobStore,
+        sessions: Sessions,
+        runs: Runs,
+        sampling: Sampling,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._sessions = sessions
+        self._runs = runs
+        self._sampling = sampling
+        self._checkpoints = checkpoints
+
+    async def close_ended(self) -> None:
+        """One round. A run that still has work, or weights being sampled, wait for a later one.
+
+        Raises:
+            StorageFailed: The records cannot be read or written; the next round goes on.
+        """
+        await self._runs.drop_ended()
+        self._sampling.forget_ended()
+        for run in await self._store.runs.to_close():
+            # The record of a session ends a moment before the session does; see Sessions.
+            if not (self._sessions.is_active(run.session_id) or self._runs.has_lane(run.id)):
+                await self._close(run)
+        for weights in await self._store.checkpoints.left_behind():
+            await self._checkpoints.remove(weights)
+
+    async def _close(self, run: RunRecord) -> None:
+        await self._store.runs.close(run.id)
+        payloads = await self._store.journal.prune_replayed(run.id)
+        await remove_all(self._blobs, [*payloads, f"snapshots/{run.id}"])
+        log.info("run_closed", run=run.id)
