@@ -96,3 +96,24 @@ def test_a_killed_server_goes_on_where_it_was(model_folder: Path, tmp_path: Path
         fourth = run.forward_backward(batch(seed=3), "cross_entropy").result()
         assert fourth.metrics["loss:sum"] == pytest.approx(expected[3], rel=1e-5)
         client.close("success")
+
+
+def test_a_frozen_worker_is_replaced(model_folder: Path) -> None:
+    """Its connections stay open and nothing comes back; only the probe can tell."""
+    with (
+        local_service({MODEL: str(model_folder)}, dtype="float32") as service,
+        tinker.ServiceClient(base_url=service.url, api_key=service.api_key) as client,
+    ):
+        twin = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
+        losses_of(twin, 2)
+        expected = twin.forward_backward(batch(seed=2), "cross_entropy").result()
+        run = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
+        losses_of(run, 2)
+        saving = run.save_state("while-frozen")
+        for worker in workers_of(service.pid):
+            worker.suspend()
+        rest = run.forward_backward(batch(seed=2), "cross_entropy")
+        assert saving.result().path.endswith("/weights/while-frozen")
+        assert rest.result().metrics["loss:sum"] == pytest.approx(
+            expected.metrics["loss:sum"], rel=1e-5
+        )

@@ -172,8 +172,10 @@ def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> S
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {params.top_p}.")
     if max(len(params.stop.strings), len(params.stop.tokens)) > MAX_STOPS:
         raise InvalidRequest(f"A request may have {MAX_STOPS} stop strings or tokens.")
-    if any(not 1 <= len(text) <= MAX_STOP_LENGTH for text in params.stop.strings):
-        raise InvalidRequest(f"A stop string must have from 1 to {MAX_STOP_LENGTH} characters.")
+    if any(not string for string in params.stop.strings):
+        raise InvalidRequest("A stop string must not be empty.")
+    if any(len(string) > MAX_STOP_LENGTH for string in params.stop.strings):
+        raise InvalidRequest(f"A stop string may have {MAX_STOP_LENGTH} characters.")
     if params.stop.strings and not model.facts.has_tokenizer:
         raise InvalidRequest(f"{model.name!r} has no tokenizer here; give stop token ids instead.")
     if params.stop.tokens:

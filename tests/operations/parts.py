@@ -1,0 +1,205 @@
+"""The real operations over a real store in a folder; only the hosts are make-believe."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from twinkle_dask import packing
+from twinkle_dask.cluster.commands import Command, FolderSaved, Sample, SaveFolder
+from twinkle_dask.config import JournalConfig, ModelConfig, ServiceConfig
+from twinkle_dask.operations.catalogue import Catalogue
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.closing import Closing
+from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.sessions import Sessions
+from twinkle_dask.operations.tickets import TicketBoard
+from twinkle_dask.operations.upkeep import Upkeep
+from twinkle_dask.operations.values import Done, LoraRequest, ServedModel, Tenant
+from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.store.store import Store, sqlite_url
+from twinkle_dask.types import (
+    ModelFacts,
+    OptimStep,
+    RunId,
+    SampleResult,
+    SessionId,
+    StepResult,
+    TenantId,
+    TicketId,
+)
+
+ANN = Tenant(id=TenantId("ann"), name="Ann", key_hint="1234")
+MODEL = "tiny"
+FACTS = ModelFacts(
+    architecture="x",
+    vocab_size=100,
+    context_length=100,
+    num_parameters=1,
+    dtype="float32",
+    eos_token_ids=(0,),
+    max_rank=8,
+    has_tokenizer=False,
+)
+
+
+@dataclass
+class Host:
+    """Does nothing, successfully; while ``open`` is not set, it does not answer."""
+
+    blobs: BlobStore
+    name: str = "host"
+    load: int = 0
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    commands: list[object] = field(default_factory=list[object])
+
+    def send(self, command: Command) -> "asyncio.Future[bytes]":
+        body = packing.unpack(command.body)
+        self.commands.append(body)
+        return asyncio.ensure_future(self._answer(body))
+
+    async def _answer(self, body: object) -> bytes:
+        await self.open.wait()
+        match body:
+            case SaveFolder():
+                self.blobs.put_folder(body.folder, {"state.json": b"{}"}, overwrite=True)
+                return packing.pack(FolderSaved(num_bytes=2))
+            case Sample():
+                return packing.pack(SampleResult(sequences=()))
+            case OptimStep():
+                return packing.pack(StepResult(metrics={}))
+            case _:
+                return b""
+
+
+@dataclass
+class Supervisor:
+    host: Host
+
+    async def trainer(self, _source: str) -> Host:
+        return self.host
+
+    async def sampler(self, _source: str, _adapter: str | None) -> Host:
+        return self.host
+
+
+@dataclass(kw_only=True)
+class Parts:
+    store: Store
+    blobs: BlobStore
+    host: Host
+    sessions: Sessions
+    runs: Runs
+    sampling: Sampling
+    tickets: TicketBoard
+    closing: Closing
+    upkeep: Upkeep
+    folder: Path
+
+    async def a_session(self) -> SessionId:
+        return await self.sessions.create(
+            ANN,
+            tags=(),
+            user_metadata={},
+            display_name=None,
+            project_id=None,
+            sdk_version=None,
+            idempotency_key=None,
+        )
+
+    async def a_run(self, session: SessionId) -> RunId:
+        """A run that has been created, as its client knows."""
+        ticket = await self.runs.create(
+            ANN, session, seq=0, base_model=MODEL, lora=LoraRequest(rank=1), user_metadata={}
+        )
+        await self.done(ticket.id)
+        assert ticket.run is not None
+        return ticket.run
+
+    async def done(self, ticket: TicketId) -> None:
+        assert isinstance(await self.tickets.wait(ANN.id, ticket, 5), Done)
+
+    async def end(self, session: SessionId) -> None:
+        assert await self.sessions.finish(ANN, session, reason="done", detail=None)
+
+    def files(self, kind: str) -> list[Path]:
+        return [path for path in self.folder.glob(f"blobs/{kind}/**/*") if path.is_file()]
+
+
+@asynccontextmanager
+async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
+    """As ``open_service`` puts them together, without recovering anything."""
+    config = ServiceConfig(
+        models={MODEL: ModelConfig(source="tiny")},
+        journal=JournalConfig(keep_delivered_s=1e-6, snapshot_operations=2),
+    )
+    store = await Store.open(sqlite_url(folder / "records.sqlite3"))
+    blobs = BlobStore(folder / "blobs")
+    host = Host(blobs)
+    host.open.set()
+    supervisor = cast(Any, Supervisor(host))
+    served = ServedModel(name=MODEL, source="tiny", facts=FACTS, tokenizer_id=MODEL)
+    catalogue = Catalogue({MODEL: served})
+    sessions, checkpoints = Sessions(store), Checkpoints(store, blobs)
+    tickets = TicketBoard(store, blobs)
+    runs = Runs(
+        store=store,
+        blobs=blobs,
+        supervisor=supervisor,
+        catalogue=catalogue,
+        sessions=sessions,
+        checkpoints=checkpoints,
+        tickets=tickets,
+        journal=config.journal,
+        limits=config.limits,
+    )
+    sampling = Sampling(
+        store=store,
+        blobs=blobs,
+        supervisor=supervisor,
+        catalogue=catalogue,
+        sessions=sessions,
+        checkpoints=checkpoints,
+        tickets=tickets,
+        limits=config.limits,
+    )
+    closing = Closing(
+        store=store,
+        blobs=blobs,
+        sessions=sessions,
+        runs=runs,
+        sampling=sampling,
+        checkpoints=checkpoints,
+    )
+    upkeep = Upkeep(
+        config=config,
+        store=store,
+        blobs=blobs,
+        sessions=sessions,
+        runs=runs,
+        checkpoints=checkpoints,
+        tickets=tickets,
+        closing=closing,
+    )
+    await sessions.load()
+    try:
+        yield Parts(
+            store=store,
+            blobs=blobs,
+            host=host,
+            sessions=sessions,
+            runs=runs,
+            sampling=sampling,
+            tickets=tickets,
+            closing=closing,
+            upkeep=upkeep,
+            folder=folder,
+        )
+    finally:
+        await runs.stop()
+        await sampling.stop()
+        await store.close()
