@@ -13,6 +13,7 @@ from twinkle_dask.config import JournalConfig, ModelConfig, ServiceConfig
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
+from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.sampling import Sampling
 from twinkle_dask.operations.sessions import Sessions
@@ -145,7 +146,8 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
     served = ServedModel(name=MODEL, source="tiny", facts=FACTS, tokenizer_id=MODEL)
     catalogue = Catalogue({MODEL: served})
     sessions, checkpoints = Sessions(store), Checkpoints(store, blobs)
-    tickets = TicketBoard(store, blobs)
+    quotas = Quotas.of(config.limits)
+    tickets = TicketBoard(store, blobs, quotas.queued_bytes)
     runs = Runs(
         store=store,
         blobs=blobs,
@@ -156,6 +158,7 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         tickets=tickets,
         journal=config.journal,
         limits=config.limits,
+        quotas=quotas,
     )
     sampling = Sampling(
         store=store,
@@ -166,6 +169,7 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         checkpoints=checkpoints,
         tickets=tickets,
         limits=config.limits,
+        quotas=quotas,
     )
     closing = Closing(
         store=store,

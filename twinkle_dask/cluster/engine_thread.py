@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import structlog
 
-from twinkle_dask.errors import ServiceFault, TwinkleDaskError
+from twinkle_dask.errors import ServiceFault, TwinkleDaskError, new_incident
 from twinkle_dask.sampler.interface import Sampler, SampleWork
 from twinkle_dask.trainer.engine import Trainer
 from twinkle_dask.trainer.work import Work
@@ -199,6 +199,7 @@ def as_error(outcome: object) -> TwinkleDaskError | None:
     if isinstance(outcome, TwinkleDaskError):
         return outcome
     if isinstance(outcome, BaseException):
-        log.error("unexpected_failure", exc_info=outcome)
-        return ServiceFault("An internal error occurred; the service's log has the details.")
+        incident = new_incident()
+        log.error("unexpected_failure", incident=incident, exc_info=outcome)
+        return ServiceFault("An internal error occurred.", incident)
     return None

@@ -35,7 +35,7 @@ from twinkle_dask.cluster.commands import (
     Sample,
     SaveFolder,
 )
-from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError
+from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError, new_incident
 from twinkle_dask.logs import configure
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.types import ForwardBackward, OptimStep, RunState
@@ -60,9 +60,9 @@ def answered(method: Method) -> Callable[["Host", bytes], Awaitable[bytes]]:
         except TwinkleDaskError as error:
             return packing.pack(Failure.of(error))
         except Exception:
-            log.exception("host_method_failed", method=method.__name__)
-            fault = ServiceFault("The host failed; its log has the details.")
-            return packing.pack(Failure.of(fault))
+            incident = new_incident()
+            log.exception("host_method_failed", method=method.__name__, incident=incident)
+            return packing.pack(Failure.of(ServiceFault("The host failed.", incident)))
 
     return wrapper
 

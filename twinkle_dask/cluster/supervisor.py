@@ -22,7 +22,7 @@ from twinkle_dask.cluster.commands import HostConfig, Role
 from twinkle_dask.cluster.embedded import start_embedded, stop_embedded, use_settings
 from twinkle_dask.cluster.host import Host
 from twinkle_dask.cluster.link import HostLink, call_actor, open_answer
-from twinkle_dask.cluster.placement import Slot, plan, sources
+from twinkle_dask.cluster.placement import Slot, num_workers_needed, plan
 from twinkle_dask.config import ServiceConfig
 from twinkle_dask.errors import HostLost, StartupError
 from twinkle_dask.types import ModelFacts
@@ -143,7 +143,7 @@ class Supervisor:
         if self._config.scheduler is not None:
             return self._config.scheduler
         self._cluster = await start_embedded(
-            len(sources(self._config.models)),
+            num_workers_needed(self._config.models),
             self._config.engine.threads,
             self._config.dashboard,
         )

@@ -66,6 +66,20 @@ class Quota:
             del self._held[tenant]
 
     @contextmanager
+    def taking(self, tenant: TenantId, amount: int = 1) -> Generator[None]:
+        """Take some for longer than the block, unless the block fails.
+
+        Raises:
+            QuotaExceeded: As ``add``.
+        """
+        self.add(tenant, amount)
+        try:
+            yield
+        except BaseException:
+            self.remove(tenant, amount)
+            raise
+
+    @contextmanager
     def holding(self, tenant: TenantId, amount: int = 1) -> Generator[None]:
         """Hold some for the length of a block.
 

@@ -30,7 +30,8 @@ from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints, describe
 from twinkle_dask.operations.finishing import Finisher
 from twinkle_dask.operations.lanes import Lane, LaneOperation, LaneParts
-from twinkle_dask.operations.requests import LaneRequest, LoadState, StartRun, changes_run, kind_of
+from twinkle_dask.operations.quotas import Quotas
+from twinkle_dask.operations.requests import LaneRequest, StartRun, changes_run, kind_of, load_of
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.values import (
@@ -76,6 +77,7 @@ class Runs:
         tickets: TicketBoard,
         journal: JournalConfig,
         limits: LimitConfig,
+        quotas: Quotas,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -84,6 +86,9 @@ class Runs:
         self._checkpoints = checkpoints
         self._tickets = tickets
         self._limits = limits
+        self._quotas = quotas
+        # Runs of sessions that are alive, whether they have a lane or not.
+        self._counted: dict[RunId, RunRecord] = {}
         self._lanes: dict[RunId, Lane] = {}
         self._submits: dict[tuple[RunId, int], asyncio.Task[Ticket]] = {}
         self._sending: Counter[TenantId] = Counter()
@@ -140,7 +145,7 @@ class Runs:
                 f"There is no such checkpoint of {base_model!r}; it belongs to another base model."
             )
         model = self._catalogue.get(base_model or record.base_model)
-        request = _load(record, address, with_optimizer)
+        request = load_of(record, address, with_optimizer=with_optimizer)
         return await self._start(tenant, session, seq, model, record.spec, user_metadata, request)
 
     async def submit(
@@ -207,7 +212,11 @@ class Runs:
         return lane
 
     async def recover(self) -> None:
-        """Queue again what a server before us acknowledged and did not finish."""
+        """Count what tenants hold, and queue again what was acknowledged and not finished."""
+        for session in self._sessions.all_active():
+            for run in await self._store.runs.in_session(session):
+                self._counted[run.id] = run
+                self._quotas.runs.restore(run.tenant_id)
         for record in await self._store.journal.pending():
             if record.run_id is None:
                 continue
@@ -220,6 +229,7 @@ class Runs:
                 # A payload is not flushed to the disk, so a power cut may have taken it.
                 log.exception("operation_lost", run=record.run_id, seq=record.seq)
                 fault = StorageFailed(f"The request could not be read back: {error}")
+                self._open_ticket(record)
                 await self._tickets.fail(record.ticket_id, fault)
 
     async def _requeue(self, record: OperationRecord) -> None:
@@ -228,11 +238,15 @@ class Runs:
         lane = self._lanes.get(record.run_id) or await self._open(record.tenant_id, record.run_id)
         payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
         request: LaneRequest = packing.unpack(payload)
-        self._tickets.open(record.tenant_id, record.ticket_id)
+        self._open_ticket(record)
         lane.accept(
             LaneOperation(ticket=record.ticket_id, seq=record.seq, request=request, payload=payload)
         )
         log.info("operation_recovered", run=record.run_id, seq=record.seq, kind=record.kind)
+
+    def _open_ticket(self, record: OperationRecord) -> None:
+        self._quotas.queued_bytes.restore(record.tenant_id, record.payload_bytes)
+        self._tickets.open(record.tenant_id, record.ticket_id, record.payload_bytes)
 
     async def info(self, tenant: Tenant, run: RunId) -> RunInfo:
         """A run's record with its newest checkpoints."""
@@ -252,6 +266,9 @@ class Runs:
         for lane in self._lanes.values():
             if lane.run.session_id == session:
                 lane.release()
+        for run in [run for run in self._counted.values() if run.session_id == session]:
+            del self._counted[run.id]
+            self._quotas.runs.remove(run.tenant_id)
 
     async def drop_ended(self) -> None:
         """Take the lanes of ended sessions out of memory, each once its work is done.
@@ -302,19 +319,25 @@ class Runs:
             raise InvalidRequest(f"model_seq_id must be at least 0, not {seq}.")
         now = utc_now()
         run = RunId(f"{session}:train:{seq}")
-        await self._store.runs.add(
-            RunRecord(
-                id=run,
-                session_id=session,
-                tenant_id=tenant.id,
-                run_seq=seq,
-                base_model=model.name,
-                spec=spec,
-                user_metadata=user_metadata,
-                created_at=now,
-                last_request_at=now,
-            )
+        record = RunRecord(
+            id=run,
+            session_id=session,
+            tenant_id=tenant.id,
+            run_seq=seq,
+            base_model=model.name,
+            spec=spec,
+            user_metadata=user_metadata,
+            created_at=now,
+            last_request_at=now,
         )
+        if run not in self._counted:  # else the request is a repeat
+            with self._quotas.runs.taking(tenant.id):
+                self._counted[run] = record
+                try:
+                    await self._store.runs.add(record)
+                except BaseException:
+                    del self._counted[run]
+                    raise
         lane = await self.lane(tenant, run)
         return await self._submit_once(tenant, lane, 0, lambda _lane, _model: request)
 
@@ -364,6 +387,21 @@ class Runs:
             lane.refuse(seq)
             raise
         payload = await _pack(request)
+        try:
+            with self._quotas.queued_bytes.taking(tenant.id, len(payload)):
+                return await self._acknowledge(tenant, lane, seq, request, payload)
+        except DuplicateOperation as duplicate:
+            stored = duplicate.stored
+            if stored.state is OperationState.PENDING and not self._tickets.is_pending(
+                stored.ticket_id
+            ):
+                # It was committed although the store had said that it was not.
+                await self._requeue(stored)
+            return _ticket(stored)
+
+    async def _acknowledge(
+        self, tenant: Tenant, lane: Lane, seq: int, request: LaneRequest, payload: bytes
+    ) -> Ticket:
         ticket = TicketId(secrets.token_hex(12))
         path = f"journal/{ticket}"
         await asyncio.to_thread(self._blobs.put, path, payload)
@@ -380,15 +418,10 @@ class Runs:
         )
         try:
             await self._store.journal.add(record)
-        except DuplicateOperation as duplicate:
+        except DuplicateOperation:
             await asyncio.to_thread(self._blobs.remove, path)
-            return _ticket(duplicate.stored)
-        except StorageFailed:
-            # Unless the write was committed and only its answer was lost.
-            if await self._store.journal.get(tenant.id, ticket) is None:
-                await asyncio.to_thread(self._blobs.remove, path)
             raise
-        self._tickets.open(tenant.id, ticket)
+        self._tickets.open(tenant.id, ticket, len(payload))
         lane.accept(LaneOperation(ticket=ticket, seq=seq, request=request, payload=payload))
         return _ticket(record)
 
@@ -445,15 +478,6 @@ async def _pack(request: LaneRequest) -> bytes:
     if isinstance(request, ForwardBackward) and request.num_tokens > _PACK_INLINE_TOKENS:
         return await asyncio.to_thread(packing.pack, request)
     return packing.pack(request)
-
-
-def _load(record: CheckpointRecord, address: CheckpointAddress, with_optimizer: bool) -> LoadState:
-    if with_optimizer and not record.has_optimizer:
-        raise InvalidRequest(
-            f"Checkpoint {address.name!r} holds sampler weights without an optimizer; load it "
-            "without, or load a training checkpoint."
-        )
-    return LoadState(address=address, folder=record.path, with_optimizer=with_optimizer)
 
 
 def _ticket(record: OperationRecord) -> Ticket:

@@ -16,7 +16,6 @@ from twinkle_dask.errors import (
     HostLost,
     InvalidRequest,
     NotFound,
-    QuotaExceeded,
     ServiceFault,
     SessionEnded,
     StorageFailed,
@@ -25,6 +24,7 @@ from twinkle_dask.errors import (
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.values import (
@@ -43,7 +43,6 @@ from twinkle_dask.types import RunId, SampleRequest, SamplerId, SessionId, Tenan
 
 log = structlog.stdlib.get_logger(__name__)
 
-_MAX_IN_FLIGHT = 20_000
 _MAX_LOSSES = 4
 _RETRY_S = 1.0
 
@@ -72,6 +71,7 @@ class Sampling:
         checkpoints: Checkpoints,
         tickets: TicketBoard,
         limits: LimitConfig,
+        quotas: Quotas,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -81,6 +81,7 @@ class Sampling:
         self._checkpoints = checkpoints
         self._tickets = tickets
         self._limits = limits
+        self._quotas = quotas
         self._handles: dict[SamplerId, _Handle] = {}
         self._submits: dict[tuple[SamplerId, int], asyncio.Task[Ticket]] = {}
         self._drawing: dict[TicketId, asyncio.Task[None]] = {}
@@ -127,15 +128,13 @@ class Sampling:
         """Acknowledge a sample. ``seq`` is an identity: a repeat gives the same ticket.
 
         Raises:
-            QuotaExceeded: Too many samples are in flight; try again later.
+            QuotaExceeded: The tenant has too much in flight; try again later.
         """
         handle = await self._handle(tenant.id, sampler)
         if not self._sessions.is_active(handle.record.session_id):
             raise SessionEnded(f"The session of sampler {sampler!r} is over; create a new one.")
         self._sessions.touch(handle.record.session_id)
         validation.sample(request, handle.model, self._limits)
-        if len(self._drawing) >= _MAX_IN_FLIGHT:
-            raise QuotaExceeded(f"{len(self._drawing)} samples are in flight.", 1.0)
         if seq is None:
             return await self._submit(tenant, handle, None, request)
         submit = self._submits.get((sampler, seq))
@@ -167,19 +166,24 @@ class Sampling:
             try:
                 handle = await self._handle(record.tenant_id, record.sampler_id)
             except NotFound as error:
-                self._tickets.open(record.tenant_id, record.ticket_id)
+                self._open_ticket(record)
                 await self._tickets.fail(record.ticket_id, error)
                 continue
             except TwinkleDaskError as error:
                 log.warning("sample_not_recovered", ticket=record.ticket_id, error=error.message)
                 continue
-            self._tickets.open(record.tenant_id, record.ticket_id)
+            self._open_ticket(record)
             try:
                 payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
             except StorageFailed as error:
                 await self._tickets.fail(record.ticket_id, error)
                 continue
+            self._quotas.samples.restore(record.tenant_id)
             self._start(record.ticket_id, handle, payload)
+
+    def _open_ticket(self, record: OperationRecord) -> None:
+        self._quotas.queued_bytes.restore(record.tenant_id, record.payload_bytes)
+        self._tickets.open(record.tenant_id, record.ticket_id, record.payload_bytes)
 
     async def stop(self) -> None:
         """End all drawing; the journal keeps what is not done."""
@@ -228,9 +232,25 @@ class Sampling:
             params = replace(request.params, seed=secrets.randbits(62))
             request = replace(request, params=params)
         payload = packing.pack(request)
+        try:
+            with (
+                self._quotas.samples.taking(tenant.id),
+                self._quotas.queued_bytes.taking(tenant.id, len(payload)),
+            ):
+                return await self._acknowledge(tenant, handle, seq, request, payload)
+        except DuplicateOperation as duplicate:
+            return _ticket(duplicate.stored)
+
+    async def _acknowledge(
+        self,
+        tenant: Tenant,
+        handle: _Handle,
+        seq: int | None,
+        request: SampleRequest,
+        payload: bytes,
+    ) -> Ticket:
         ticket = TicketId(secrets.token_hex(12))
         path = f"journal/{ticket}"
-        await asyncio.to_thread(self._blobs.put, path, payload)
         record = OperationRecord(
             ticket_id=ticket,
             tenant_id=tenant.id,
@@ -242,12 +262,13 @@ class Sampling:
             sequence_ids=tuple(f"{ticket}-{i}" for i in range(request.num_samples)),
             created_at=utc_now(),
         )
+        await asyncio.to_thread(self._blobs.put, path, payload)
         try:
             await self._store.journal.add(record)
-        except DuplicateOperation as duplicate:
+        except DuplicateOperation:
             await asyncio.to_thread(self._blobs.remove, path)
-            return _ticket(duplicate.stored)
-        self._tickets.open(tenant.id, ticket)
+            raise
+        self._tickets.open(tenant.id, ticket, len(payload))
         self._start(ticket, handle, payload)
         return _ticket(record)
 
@@ -259,7 +280,7 @@ class Sampling:
 
     def _drawn(self, ticket: TicketId, task: "asyncio.Task[None]") -> None:
         del self._drawing[ticket]
-        del self._owners[ticket]
+        self._quotas.samples.remove(self._owners.pop(ticket))
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("sample_failed", ticket=ticket, exc_info=error)
 

@@ -14,6 +14,7 @@ from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
+from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.sampling import Sampling
 from twinkle_dask.operations.sessions import Sessions
@@ -89,7 +90,8 @@ async def open_service(
         catalogue = Catalogue.of(config, facts)
         sessions = Sessions(store)
         checkpoints = Checkpoints(store, blobs)
-        tickets = TicketBoard(store, blobs)
+        quotas = Quotas.of(config.limits)
+        tickets = TicketBoard(store, blobs, quotas.queued_bytes)
         runs = Runs(
             store=store,
             blobs=blobs,
@@ -100,6 +102,7 @@ async def open_service(
             tickets=tickets,
             journal=config.journal,
             limits=config.limits,
+            quotas=quotas,
         )
         sampling = Sampling(
             store=store,
@@ -110,6 +113,7 @@ async def open_service(
             checkpoints=checkpoints,
             tickets=tickets,
             limits=config.limits,
+            quotas=quotas,
         )
         closing = Closing(
             store=store,
@@ -154,6 +158,7 @@ async def open_service(
                 await tidying
             await runs.stop()
             await sampling.stop()
-            await upkeep.flush()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(upkeep.flush(), 1.0)
     finally:
         await supervisor.close()

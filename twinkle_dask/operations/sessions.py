@@ -96,6 +96,10 @@ class Sessions:
             self._seen_s[session] = time.monotonic()
             self._touched.add(session)
 
+    def all_active(self) -> tuple[SessionId, ...]:
+        """The sessions that are alive."""
+        return tuple(self._active)
+
     def is_active(self, session: SessionId) -> bool:
         """Whether work may still be done in it."""
         return session in self._active

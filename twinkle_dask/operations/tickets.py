@@ -14,6 +14,7 @@ from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.commands import Failure
 from twinkle_dask.errors import NotFound, TwinkleDaskError
+from twinkle_dask.operations.quotas import Quota
 from twinkle_dask.operations.values import Done, Failed, Outcome, Result, Waiting
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.records import OperationRecord, OperationState
@@ -29,14 +30,16 @@ _KEEP_BYTES = 256 * 2**20
 class _Entry:
     tenant: TenantId
     future: "asyncio.Future[Outcome]"
+    payload_bytes: int
     num_bytes: int = 0
 
 
 class TicketBoard:
     """All tickets that are pending, and the newest of those that are not."""
 
-    def __init__(self, store: Store, blobs: BlobStore) -> None:
+    def __init__(self, store: Store, blobs: BlobStore, queued_bytes: Quota) -> None:
         self._store = store
+        self._queued_bytes = queued_bytes
         self._blobs = blobs
         self._pending: dict[TicketId, _Entry] = {}
         self._finished: OrderedDict[TicketId, _Entry] = OrderedDict()
@@ -48,10 +51,20 @@ class TicketBoard:
         """Tickets that have no outcome yet."""
         return len(self._pending)
 
-    def open(self, tenant: TenantId, ticket: TicketId) -> None:
-        """A new ticket, or one found pending in the journal."""
+    def open(self, tenant: TenantId, ticket: TicketId, payload_bytes: int) -> None:
+        """A new ticket, or one found pending in the journal.
+
+        Args:
+            tenant: Whose it is.
+            ticket: Its id.
+            payload_bytes: Counted for the tenant already; given back with the outcome.
+        """
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._pending[ticket] = _Entry(tenant=tenant, future=future)
+        self._pending[ticket] = _Entry(tenant=tenant, future=future, payload_bytes=payload_bytes)
+
+    def is_pending(self, ticket: TicketId) -> bool:
+        """Whether the ticket's operation is on its way in this process."""
+        return ticket in self._pending
 
     async def finish(self, ticket: TicketId, result: bytes) -> None:
         """Make a packed result durable, then wake whoever waits.
@@ -108,6 +121,7 @@ class TicketBoard:
         entry = self._pending.pop(ticket, None)
         if entry is None:
             return
+        self._queued_bytes.remove(entry.tenant, entry.payload_bytes)
         if not entry.future.done():
             entry.future.set_result(outcome)
         entry.num_bytes = num_bytes
