@@ -271,14 +271,15 @@ class Runs:
             self._quotas.runs.remove(run.tenant_id)
 
     async def drop_ended(self) -> None:
-        """Take the lanes of ended sessions out of memory, each once its work is done.
+        """Release ended sessions, and take their lanes out of memory, once their work is done.
 
         Those that have work, or have not left their host yet, are there for the next call.
         """
-        for lane in list(self._lanes.values()):
-            if self._sessions.is_active(lane.run.session_id):
-                continue
-            lane.release()
+        runs = (*self._counted.values(), *(lane.run for lane in self._lanes.values()))
+        ended = {run.session_id for run in runs if not self._sessions.is_active(run.session_id)}
+        for session in ended:
+            await self.release_session(session)
+        for lane in [lane for lane in self._lanes.values() if lane.run.session_id in ended]:
             idle = lane.num_queued == 0 and lane.state is LaneState.DETACHED
             if idle and lane.run.id not in self._arriving:
                 del self._lanes[lane.run.id]
@@ -420,6 +421,11 @@ class Runs:
             await self._store.journal.add(record)
         except DuplicateOperation:
             await asyncio.to_thread(self._blobs.remove, path)
+            raise
+        except StorageFailed:
+            # Unless the write was committed and only its answer was lost.
+            if await self._store.journal.get(tenant.id, ticket) is None:
+                await asyncio.to_thread(self._blobs.remove, path)
             raise
         self._tickets.open(tenant.id, ticket, len(payload))
         lane.accept(LaneOperation(ticket=ticket, seq=seq, request=request, payload=payload))
