@@ -97,6 +97,7 @@ class Parts:
     runs: Runs
     sampling: Sampling
     tickets: TicketBoard
+    quotas: Quotas
     closing: Closing
     upkeep: Upkeep
     folder: Path
@@ -199,6 +200,7 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
             runs=runs,
             sampling=sampling,
             tickets=tickets,
+            quotas=quotas,
             closing=closing,
             upkeep=upkeep,
             folder=folder,

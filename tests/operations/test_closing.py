@@ -152,6 +152,14 @@ async def test_runs_without_a_lane_are_closed_after_a_restart(tmp_path: Path) ->
         assert after.files("journal") == after.files("snapshots") == []
 
 
+async def test_a_run_of_an_expired_session_counts_no_more(parts: Parts) -> None:
+    run = await parts.a_run(await parts.a_session())
+    assert parts.quotas.runs.held(ANN.id) == 1
+    await parts.sessions.expire(0)
+    await tidy_until_closed(parts, run)
+    assert parts.quotas.runs.held(ANN.id) == 0
+
+
 async def test_a_run_of_a_session_that_is_alive_is_left_alone(parts: Parts) -> None:
     session = await parts.a_session()
     run = await a_used_run(parts, session)
@@ -182,12 +190,13 @@ async def test_a_place_that_is_taken_already_leaves_no_payload(parts: Parts) -> 
         created_at=utc_now(),
     )
     await parts.store.journal.add(taken)
+    await parts.store.journal.fail(taken.ticket_id, kind="X", message="", when=utc_now())
     held = parts.files("journal")
     assert (await step(parts, run)).id == taken.ticket_id
     assert parts.files("journal") == held
 
 
-async def test_a_submit_that_cannot_be_journaled_leaves_no_payload(
+async def test_the_payload_of_a_submit_that_could_not_be_journaled_is_swept_up(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = await parts.a_run(await parts.a_session())
@@ -199,4 +208,5 @@ async def test_a_submit_that_cannot_be_journaled_leaves_no_payload(
     monkeypatch.setattr(parts.store.journal, "add", full)
     with pytest.raises(StorageFailed):
         await step(parts, run)
+    await sweep(parts.store, parts.blobs)
     assert parts.files("journal") == held

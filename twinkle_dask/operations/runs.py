@@ -393,9 +393,8 @@ class Runs:
                 return await self._acknowledge(tenant, lane, seq, request, payload)
         except DuplicateOperation as duplicate:
             stored = duplicate.stored
-            if stored.state is OperationState.PENDING and not self._tickets.is_pending(
-                stored.ticket_id
-            ):
+            forgotten = not self._tickets.is_pending(stored.ticket_id)
+            if stored.state is OperationState.PENDING and stored.payload_path and forgotten:
                 # It was committed although the store had said that it was not.
                 await self._requeue(stored)
             return _ticket(stored)
