@@ -77,7 +77,11 @@ class Options:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype for torch."""
-        return choose_dtype(self.dtype, torch.device("cpu"))
+        return choose_dtype(self.dtype, torch.device("cpu"), _LARGE)
+
+
+# The tiny model is measured in float32; any other has layers this wide, so "auto" asks the hardware.
+_LARGE = 512
 
 
 @contextmanager
@@ -100,7 +104,7 @@ def options(description: str | None) -> Generator[Options]:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     asked = given.dtype or ("float32" if given.model == TINY else "auto")
-    dtype = str(choose_dtype(asked, torch.device("cpu"))).removeprefix("torch.")
+    dtype = str(choose_dtype(asked, torch.device("cpu"), _LARGE)).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         yield Options(
             model=given.model if given.model in {TINY, SMOLLM2} else Path(given.model).name,

@@ -23,7 +23,7 @@ STEPS = 6
 
 def losses_of(run: tinker.TrainingClient, steps: int) -> list[float]:
     """Pipelined steps; every one's loss depends on all before it."""
-    pending = []
+    pending: list[tinker.APIFuture[types.ForwardBackwardOutput]] = []
     for i in range(steps):
         pending.append(run.forward_backward(batch(seed=i), "cross_entropy"))
         run.optim_step(types.AdamParams(learning_rate=1e-2))
