@@ -14,12 +14,13 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import tinker
 import torch
+import transformers
 
 from tests.models import tiny_qwen3
 from twinkle_dask import LocalService, local_service
@@ -43,6 +44,8 @@ _PACKAGES = (
     "uvicorn",
     "numpy",
 )
+
+_LOAD_AT_START = os.getloadavg()[0]
 
 # Nothing here may ask a hub or the vendor for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -72,7 +75,8 @@ class Options:
     @property
     def label(self) -> str:
         """For a table's row: model, dtype, threads."""
-        return f"{self.model}, {self.dtype}, {self.threads} threads"
+        plural = "s" if self.threads > 1 else ""
+        return f"{self.model}, {self.dtype}, {self.threads} thread{plural}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -80,7 +84,7 @@ class Options:
         return choose_dtype(self.dtype, torch.device("cpu"), _LARGE)
 
 
-# The tiny model is measured in float32; any other has layers this wide, so "auto" asks the hardware.
+# The tiny model is measured in float32; any other is this wide, so "auto" asks the hardware.
 _LARGE = 512
 
 
@@ -99,10 +103,17 @@ def options(description: str | None) -> Generator[Options]:
         choices=("auto", "float32", "bfloat16"),
         help=f"of the base weights; by default float32 for {TINY}, else auto",
     )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--threads", type=int, help="for arithmetic; by default what the service would choose"
+    )
     parser.add_argument("--quick", action="store_true", help="only see that it works")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    # A tiny model's kernels are over before a second thread has joined in: cluster/engines.py.
+    threads = given.threads or (1 if given.model == TINY else len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads)
+    cast(Any, transformers.utils.logging).disable_progress_bar()
+    if _LOAD_AT_START > 0.5:
+        print(f"Something else is running: load {_LOAD_AT_START:.1f}.", file=sys.stderr)
     asked = given.dtype or ("float32" if given.model == TINY else "auto")
     dtype = str(choose_dtype(asked, torch.device("cpu"), _LARGE)).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -110,7 +121,7 @@ def options(description: str | None) -> Generator[Options]:
             model=given.model if given.model in {TINY, SMOLLM2} else Path(given.model).name,
             source=_source(given.model, Path(folder)),
             dtype=dtype,
-            threads=given.threads,
+            threads=threads,
             quick=given.quick,
         )
 
@@ -190,8 +201,7 @@ def report(benchmark: str, asked: Options, results: Any, rows: Sequence[Sequence
 def machine() -> dict[str, object]:
     """What the numbers were measured on; no names of hosts or people.
 
-    ``load_1m`` tells whether something else was running: the benchmark itself brings it to about
-    the number of cores.
+    ``load_before`` is the load of the minute before: what else was running.
     """
     return {
         "cpu": _cpu_model(),
@@ -203,7 +213,7 @@ def machine() -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "load_1m": round(os.getloadavg()[0], 1),
+        "load_before": round(_LOAD_AT_START, 1),
     }
 
 
