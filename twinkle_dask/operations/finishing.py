@@ -123,7 +123,6 @@ class Finisher:
             base_model=run.base_model,
             spec=run.spec,
             has_optimizer=isinstance(request, SaveState),
-            step=0,
             size_bytes=num_bytes,
             user_metadata=request.user_metadata,
             created_at=now,

@@ -248,7 +248,7 @@ class Lane:
             self._clear_suspicion()
         if self._link is not None and self._snapshot_due():
             self._start(self._snapshot(self._link))
-        if self._release_wanted and not self.num_queued:
+        if self._release_wanted and not (self.num_queued or self._snapshotting or self._recording):
             self._release()
 
     def _release(self) -> None:
@@ -346,6 +346,7 @@ class Lane:
             self._recording -= 1
             if not self._recording:
                 self._calm.set()
+                self._wake.set()
 
     async def _give_up_killers(self) -> None:
         """Fail what was in flight each time that a host went down."""
@@ -445,6 +446,7 @@ class Lane:
             log.warning("snapshot_failed", error=error.message)
         finally:
             self._snapshotting = False
+            self._wake.set()
 
     async def _record_snapshot(self, folder: str, seq: int) -> None:
         """Note the snapshot, and remove what it has made superfluous."""

@@ -162,7 +162,6 @@ class CheckpointRecord:
     Attributes:
         id: A uuid in hex.
         name: Unique with run and kind; None for weights saved for one sampler only.
-        step: Optimizer steps taken.
     """
 
     id: str
@@ -174,7 +173,6 @@ class CheckpointRecord:
     base_model: str
     spec: LoraSpec
     has_optimizer: bool
-    step: int
     size_bytes: int
     public: bool = False
     user_metadata: Json = field(default_factory=Json)

@@ -210,7 +210,6 @@ checkpoints = Table(
     _text("base_model"),
     *_lora_columns(),
     Column("has_optimizer", Boolean, nullable=False),
-    Column("step", BigInteger, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("public", Boolean, nullable=False),
     Column("user_metadata", JSON, nullable=False),

@@ -95,7 +95,6 @@ def upgrade() -> None:
         sa.Column("train_mlp", sa.Boolean(), nullable=False),
         sa.Column("train_unembed", sa.Boolean(), nullable=False),
         sa.Column("has_optimizer", sa.Boolean(), nullable=False),
-        sa.Column("step", sa.BigInteger(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("public", sa.Boolean(), nullable=False),
         sa.Column("user_metadata", sa.JSON(), nullable=False),
