@@ -12,6 +12,8 @@ export HF_HUB_OFFLINE ?= 1
 demo: export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 test: export OMP_NUM_THREADS ?= 1
 
+ON_CLUSTER := $(addprefix tests/blackbox/test_,first_run.py training.py checkpoints.py sampling.py futures.py)
+
 .PHONY: help setup demo test check format bench proto clean
 .DEFAULT_GOAL := help
 
@@ -37,8 +39,10 @@ $(INSTALLED): requirements.lock pyproject.toml Makefile
 demo: $(INSTALLED)
 	$(BIN)/python examples/self_cognition/run.py $(ARGS)
 
+# The second line: what clients do, once more with the service on a separate Dask cluster.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest --on-cluster $(ON_CLUSTER))
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,11 +7,13 @@ import gc
 import os
 import warnings
 from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tinker
 
+from tests.blackbox.servers import a_cluster
 from tests.blackbox.wire import Wire
 from tests.models import tiny_qwen3
 from twinkle_dask import LocalService, local_service
@@ -50,16 +52,24 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(
-    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Generator[LocalService]:
     """Two names of one model, two tenants, float32 so that numbers can be compared."""
-    with local_service(
-        {MODEL: str(model_folder), ALIAS: str(model_folder)},
-        api_keys=[KEY, OTHER_KEY],
-        dtype="float32",
-        data_dir=tmp_path_factory.mktemp("data"),
-    ) as running:
-        yield running
+    with ExitStack() as stack:
+        address = None
+        if request.config.getoption("--on-cluster"):
+            address = stack.enter_context(a_cluster(tmp_path_factory.mktemp("cluster")))
+        yield stack.enter_context(
+            local_service(
+                {MODEL: str(model_folder), ALIAS: str(model_folder)},
+                api_keys=[KEY, OTHER_KEY],
+                dtype="float32",
+                scheduler=address,
+                data_dir=tmp_path_factory.mktemp("data"),
+            )
+        )
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,57 +11,18 @@ from tinker import types
 
 from tests.blackbox.conftest import MODEL
 from tests.blackbox.data import batch, logprobs, train_one_step
-from tests.blackbox.servers import family, serve
+from tests.blackbox.servers import a_cluster, family, free_port, serve
 from tests.blackbox.servers import run as run_command
-from tests.blackbox.test_recovery import free_port
 
 pytestmark = pytest.mark.timeout(180)
 
 KEY = "tml-on-a-cluster"
 
 
-@contextmanager
-def process(*arguments: str, log: Path) -> Generator["subprocess.Popen[bytes]"]:
-    """A program that is ended with the block."""
-    with log.open("ab") as output:
-        running = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    try:
-        yield running
-    finally:
-        running.terminate()
-        try:
-            running.wait(10)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
-
-
 @pytest.fixture
 def scheduler(tmp_path: Path) -> Generator[str]:
     """A scheduler and two workers, as an operator starts them."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    with ExitStack() as stack:
-        stack.enter_context(
-            process(
-                *("distributed.cli.dask_scheduler", "--host", "127.0.0.1"),
-                *("--port", address.rsplit(":", 1)[1], "--no-dashboard"),
-                log=tmp_path / "scheduler.log",
-            )
-        )
-        for name in ("one", "two"):
-            stack.enter_context(
-                process(
-                    *("distributed.cli.dask_worker", address, "--host", "127.0.0.1"),
-                    *("--resources", "GPU=1", "--nthreads", "1", "--memory-limit", "0"),
-                    *("--name", name, "--no-dashboard", "--local-directory", str(tmp_path)),
-                    log=tmp_path / f"worker-{name}.log",
-                )
-            )
+    with a_cluster(tmp_path) as address:
         yield address
 
 

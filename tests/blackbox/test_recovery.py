@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import psutil
@@ -12,7 +11,7 @@ from tinker import types
 
 from tests.blackbox.conftest import KEY, MODEL
 from tests.blackbox.data import batch, logprobs
-from tests.blackbox.servers import serve
+from tests.blackbox.servers import free_port, serve
 from twinkle_dask import local_service
 
 # A start with model loading, twice, on two busy cores.
@@ -68,12 +67,6 @@ def test_a_killed_worker_costs_time_but_no_work(model_folder: Path, tmp_path: Pa
         tokens = [sequence.tokens for sequence in sample.result().sequences]
         again = sampler.sample(prompt, num_samples=2, sampling_params=params).result()
         assert [sequence.tokens for sequence in again.sequences] == tokens
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_killed_server_goes_on_where_it_was(model_folder: Path, tmp_path: Path) -> None:
