@@ -27,7 +27,8 @@ from twinkle_dask.errors import (
 from twinkle_dask.lifecycle import LaneState
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
-from twinkle_dask.operations.checkpoints import Checkpoints, describe
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.describing import describe_runs
 from twinkle_dask.operations.finishing import Finisher
 from twinkle_dask.operations.lanes import Lane, LaneOperation, LaneParts
 from twinkle_dask.operations.quotas import Quotas
@@ -47,8 +48,6 @@ from twinkle_dask.operations.values import (
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.journal import DuplicateOperation
 from twinkle_dask.store.records import (
-    CheckpointKind,
-    CheckpointRecord,
     OperationRecord,
     OperationState,
     RunRecord,
@@ -253,12 +252,12 @@ class Runs:
         record = await self._store.runs.get(tenant.id, run)
         if record is None:
             raise _unknown(run)
-        return (await self._describe(tenant, (record,)))[0]
+        return (await describe_runs(self._store, self._catalogue, tenant, (record,)))[0]
 
     async def page(self, tenant: Tenant, limit: int, offset: int) -> Page[RunInfo]:
         """A tenant's runs, newest first."""
         records, total = await self._store.runs.page(tenant.id, limit, offset)
-        items = await self._describe(tenant, records)
+        items = await describe_runs(self._store, self._catalogue, tenant, records)
         return Page(items=items, total=total, limit=limit, offset=offset)
 
     async def release_session(self, session: SessionId) -> None:
@@ -446,37 +445,6 @@ class Runs:
                     lane.refuse(later.seq)  # has had its turn; nobody need wait for it
         # Of several openers at a time the first one wins, or two lanes would write the same run.
         return self._lanes.setdefault(run, lane)
-
-    async def _describe(
-        self, tenant: Tenant, records: tuple[RunRecord, ...]
-    ) -> tuple[RunInfo, ...]:
-        latest = await self._store.checkpoints.latest(tenant.id, [run.id for run in records])
-
-        def newest(run: RunId, kind: CheckpointKind) -> CheckpointRecord | None:
-            return latest.get((run, kind))
-
-        infos: list[RunInfo] = []
-        for record in records:
-            model = self._catalogue.find(record.base_model)
-            training = newest(record.id, CheckpointKind.TRAINING)
-            sampler = newest(record.id, CheckpointKind.SAMPLER)
-            infos.append(
-                RunInfo(
-                    run=record.id,
-                    session=record.session_id,
-                    base_model=record.base_model,
-                    spec=record.spec,
-                    tokenizer_id=model.tokenizer_id if model else record.base_model,
-                    architecture=model.facts.architecture if model else "unknown",
-                    user_metadata=record.user_metadata,
-                    created_at=record.created_at,
-                    last_request_at=record.last_request_at,
-                    owner=tenant.name,
-                    last_checkpoint=describe(training) if training else None,
-                    last_sampler_checkpoint=describe(sampler) if sampler else None,
-                )
-            )
-        return tuple(infos)
 
 
 async def _pack(request: LaneRequest) -> bytes:
