@@ -143,7 +143,8 @@ def test_one_position_each_adds_all_adapters_at_once() -> None:
         for segment in segments:
             with context.use(BatchPlan((segment,))):
                 apart[segment.rows] = wrapped(x_B1D)[segment.rows]
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    # At a scale of up to 32 the summands reach 100; see the tolerance of the next test.
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -165,7 +166,9 @@ def test_a_broken_adapter_breaks_its_own_rows_only(length: int, matrix: str, val
             expected = wrapped(x_BLD)
         with context.use(both):
             actual = wrapped(x_BLD)
-    torch.testing.assert_close(actual[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5, atol=1e-5)
+    # The broken neighbour makes the others go another way through the products. At a scale of 11
+    # the summands reach 100, so their rounding (6e-8 each) shows as up to 5e-5 where they cancel.
+    torch.testing.assert_close(actual[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5, atol=2e-4)
     assert not actual[2].isfinite().all()
     with context.use(both):
         backward(wrapped(x_BLD), torch.ones(4, length, 40))
