@@ -159,11 +159,6 @@ class Lane:
         """Operations that have no outcome yet."""
         return len(self.order) + len(self._in_flight)
 
-    @property
-    def waits_for_host(self) -> bool:
-        """Whether there is work but no host to do it."""
-        return self.num_queued > 0 and self.state is not LaneState.ATTACHED
-
     def accept(self, operation: LaneOperation) -> None:
         """Let an acknowledged operation wait for its turn."""
         self.order.add(operation.seq, operation, time.monotonic())

@@ -288,11 +288,6 @@ class Runs:
         """Whether the run may be doing something."""
         return run in self._lanes
 
-    def waits_for_host(self, run: RunId) -> bool:
-        """Whether the run has work and no host to do it."""
-        lane = self._lanes.get(run)
-        return lane is not None and lane.waits_for_host
-
     async def flush(self) -> None:
         """Write down which runs were used since the last call."""
         touched, self._touched = self._touched, set()

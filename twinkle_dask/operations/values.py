@@ -126,7 +126,6 @@ class QueueState(StrEnum):
 
     ACTIVE = "active"
     PAUSED_CAPACITY = "paused_capacity"
-    PAUSED_RATE_LIMIT = "paused_rate_limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
