@@ -85,6 +85,10 @@ class Host:
         asyncio.get_running_loop().call_later(delay_s, self._answer, future, answer)
         return future
 
+    def live_on(self) -> None:
+        """Die no more."""
+        self._left = None
+
     def die(self) -> None:
         self.lost.set()
         for future in self._waiting:
@@ -260,9 +264,13 @@ def test_whenever_hosts_go_the_run_is_as_if_they_had_not(
             submit(world, lane, seq)
             await asyncio.sleep(pauses[seq])
         await finished(world, 17)
-        assert hosts[-1].steps is None or hosts[-1].steps == steps_up_to(16)
+        # A host may still go at a snapshot behind the last outcome; the next work finds another.
+        for host in hosts:
+            host.live_on()
+        submit(world, lane, 17)
+        await finished(world, 18)
         alive = next(host for host in hosts if host.steps is not None and not host.lost.is_set())
-        assert alive.steps == steps_up_to(16)
+        assert alive.steps == steps_up_to(17)
         for seq in range(4, 17, 4):
             assert world.folders[f"saved/{seq}"] == steps_up_to(seq)
         assert all(len(told) == 1 for told in world.outcomes.values())
