@@ -88,6 +88,12 @@ def tiny_gemma3(folder: Path, *, tokenizer: bool = False, seed: int = 0, **confi
     return _write(folder, _hf.Gemma3TextConfig(**settings | config), tokenizer=tokenizer, seed=seed)
 
 
+def tiny_family(folder: Path, family: str, *, seed: int = 0, **config: object) -> Path:
+    """A random model of one of ``FAMILIES``: vocabulary 512, hidden 64, windows of 16 tokens."""
+    name, settings = FAMILIES[family]
+    return _write(folder, getattr(_hf, name)(**settings | config), tokenizer=False, seed=seed)
+
+
 def llama_as_gguf(folder: Path, file: Path) -> None:
     """Write a ``tiny_llama`` with a tokenizer as a float32 GGUF file, as llama.cpp would."""
     config = json.loads((folder / "config.json").read_text())
@@ -136,6 +142,70 @@ def _settings(vocab_size: int, hidden: int, layers: int) -> dict[str, Any]:
         "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
         "pad_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
     }
+
+
+_SMALL = _settings(512, 64, 2)
+_WITHOUT_KV = {name: value for name, value in _SMALL.items() if name != "num_key_value_heads"}
+_GPT2_SIZES = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048}
+_DELTA_NET = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ALTERNATING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+# Each with what makes it differ from the others: windows, biases, fused or shared projections,
+# experts, tied and untied heads.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", _SMALL | {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_5": ("Qwen3_5TextConfig", _SMALL | _DELTA_NET | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", _SMALL),
+    "llama": ("LlamaConfig", _SMALL | {"tie_word_embeddings": False}),
+    "smollm2": ("LlamaConfig", _SMALL | {"tie_word_embeddings": True, "rope_theta": 1e5}),
+    "smollm3": ("SmolLM3Config", _SMALL | {"no_rope_layers": [1, 0]}),
+    "mistral": ("MistralConfig", _SMALL | {"sliding_window": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _SMALL | _ALTERNATING | {"head_dim": 16, "query_pre_attn_scalar": 16},
+    ),
+    "phi3": ("Phi3Config", _SMALL | {"sliding_window": 16}),
+    "olmo3": ("Olmo3Config", _SMALL | _ALTERNATING),
+    "glm4": ("Glm4Config", _SMALL | {"head_dim": 16}),
+    "starcoder2": ("Starcoder2Config", _SMALL | {"sliding_window": 16}),
+    "gpt_neox": ("GPTNeoXConfig", _WITHOUT_KV | {"tie_word_embeddings": False}),
+    "gpt2": ("GPT2Config", _GPT2_SIZES | {"bos_token_id": 2, "eos_token_id": 2}),
+    "stablelm": ("StableLmConfig", _SMALL),
+    "qwen3_moe": ("Qwen3MoeConfig", _SMALL | _EXPERTS | {"head_dim": 16}),
+    "mixtral": ("MixtralConfig", _SMALL | {"num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", _SMALL | _EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig",
+        _SMALL | _DELTA_NET | _EXPERTS | {"shared_expert_intermediate_size": 48},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        _SMALL
+        | {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 24,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+        },
+    ),
+}
 
 
 def _write(folder: Path, config: Any, *, tokenizer: bool, seed: int) -> Path:

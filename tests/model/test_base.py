@@ -134,10 +134,16 @@ SMALL: dict[str, Any] = {
 }
 
 REFUSED = {
-    "Conv1D": (hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2), r"c_attn \(Conv1D\)"),
     "experts": (
-        hf.Qwen3MoeConfig(**SMALL, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
-        r"experts \(Qwen3MoeExperts\)",
+        hf.Llama4TextConfig(
+            **SMALL, head_dim=16, intermediate_size_mlp=64, num_local_experts=2, moe_layers=[1]
+        ),
+        r"experts \(Llama4TextExperts\)",
+    ),
+    "sinks": (hf.GptOssConfig(**SMALL, head_dim=16, num_local_experts=2), "attention"),
+    "short convolutions": (
+        hf.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+        r"conv\.in_proj \(Linear\)",
     ),
     "softcapping": (hf.Gemma2Config(**SMALL, head_dim=16), r"final_logit_softcapping=30\.0"),
     "scaling": (hf.GraniteConfig(**SMALL, logits_scaling=8.0), r"logits_scaling=8\.0"),

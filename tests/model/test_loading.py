@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from tests.models import llama_as_gguf, tiny_llama, tiny_qwen3
+from tests.models import FAMILIES, llama_as_gguf, tiny_llama, tiny_qwen3
 from twinkle_dask.errors import StartupError
 from twinkle_dask.model.loading import choose_dtype, load_base
 from twinkle_dask.model.lora import BatchPlan
@@ -181,12 +181,26 @@ def broken_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def encoder_and_decoder(folder: Path) -> Path:
+    config = hf.BartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    hf.BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 FOUND_WHEN_LOADING = [
     (truncated, "cannot be loaded"),
     (garbage, "cannot be loaded"),
     (lacking, r"lacks 1 weights .* for example model\.layers\.1\.mlp\.up_proj\.weight"),
     (misshapen, r"1 weights of another shape .* model\.layers\.1\.mlp\.up_proj\.weight"),
     (encoder, "no causal language model but BertForMaskedLM"),
+    (encoder_and_decoder, "no causal language model but BartForConditionalGeneration"),
     (unknown_type, "from_the_future"),
     (own_code, "custom code"),
     (broken_gguf, "cannot be loaded"),
@@ -244,6 +258,22 @@ def test_a_gguf_file_and_its_folder(tmp_path: Path) -> None:
     assert base.facts.eos_token_ids == (2,)
     text = "Who are you?<|im_end|>"
     assert base.tokenizer.encode(text) == original.tokenizer.encode(text)
+
+
+def test_the_text_part_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Qwen3.5 is published so; transformers takes its decoder out of it."""
+    text = FAMILIES["qwen3_5"][1] | {"tie_word_embeddings": True}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+    config = hf.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    model = hf.Qwen3_5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    base = load(tmp_path)
+    assert base.facts.architecture == "Qwen3_5ForCausalLM"
+    tokens_BL = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        logits = base.head.logits(base.hidden(tokens_BL, BatchPlan()), BatchPlan())
+        torch.testing.assert_close(logits, model(tokens_BL).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_checking_a_source_imports_no_torch(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Protocol
 
-from twinkle_dask.checkpoints.peft_config import peft_config
+from twinkle_dask.checkpoints.peft_config import own_name, peft_config, peft_name
 from twinkle_dask.checkpoints.state_file import STATE_FILE, StateFile, parse_state, state_file
 from twinkle_dask.checkpoints.tensors import check_pairs, check_same, decode, encode, split
 from twinkle_dask.types import AdapterState, Float32Array, OptimizerState, RunState
@@ -57,9 +57,10 @@ def write_state(blobs: Blobs, path: str, state: RunState, *, base_model: str) ->
     Raises:
         StorageFailed: Nothing was written, for example because the disk is full.
     """
+    weights = {peft_name(name): array for name, array in state.adapter.weights.items()}
     files = {
         _CONFIG_FILE: _json(peft_config(state.adapter, base_model)),
-        _ADAPTER_FILE: encode(state.adapter.weights, prefix=_PEFT_PREFIX, framework="pt"),
+        _ADAPTER_FILE: encode(weights, prefix=_PEFT_PREFIX, framework="pt"),
     }
     if state.optimizer is not None:
         files[_OPTIMIZER_FILE] = encode(_moments(state.optimizer))
@@ -109,7 +110,8 @@ def _read_state_file(blobs: Blobs, path: str) -> StateFile:
 
 def _read_adapter(blobs: Blobs, path: str, state: StateFile) -> AdapterState:
     where = f"{path}/{_ADAPTER_FILE}"
-    (weights,) = split(_read(blobs, path, _ADAPTER_FILE, state), (_PEFT_PREFIX,), where)
+    (theirs,) = split(_read(blobs, path, _ADAPTER_FILE, state), (_PEFT_PREFIX,), where)
+    weights = {own_name(name): array for name, array in theirs.items()}
     check_pairs(weights, state.spec.rank, where)
     return AdapterState(spec=state.spec, weights=weights)
 

@@ -1,15 +1,42 @@
-"""The ``adapter_config.json`` with which PEFT puts an adapter on exactly the modules it has."""
+"""How PEFT writes an adapter: the names of its tensors and its ``adapter_config.json``.
+
+Routed experts are parameters, not modules. PEFT wraps their module once for each parameter, the
+first one innermost, and so calls the tensors of ``experts.gate_up_proj`` and ``experts.down_proj``
+by the names ``experts.base_layer`` and ``experts``.
+"""
 
 from twinkle_dask.types import AdapterState, Json
+
+_EXPERTS = (
+    (".experts.gate_up_proj.lora_", ".experts.base_layer.lora_"),
+    (".experts.down_proj.lora_", ".experts.lora_"),
+)
+# Projections of which a model has one in attention and one in the MLP: PEFT needs more of the path.
+_IN_BOTH_HALVES = frozenset({"c_proj"})
+
+
+def peft_name(name: str) -> str:
+    """A weight's name in PEFT's file, without the prefix."""
+    for own, theirs in _EXPERTS:
+        name = name.replace(own, theirs)
+    return name
+
+
+def own_name(name: str) -> str:
+    """The inverse of ``peft_name``."""
+    for own, theirs in _EXPERTS:
+        name = name.replace(theirs, own)
+    return name
 
 
 def peft_config(adapter: AdapterState, base_model: str) -> Json:
     """Settings of a PEFT ``LoraConfig``, all of those that say what the adapter computes.
 
-    ``target_modules`` are the last parts of the adapted modules' paths; PEFT matches them in every
-    layer, and ``twinkle_dask.model.targets`` adapts a name in all layers or in none.
+    Targets are the last parts of the adapted paths; PEFT matches them in every layer, and
+    ``twinkle_dask.model.targets`` adapts a name in all layers or in none.
     """
     paths = {name.rsplit(".lora_", 1)[0] for name in adapter.weights}
+    experts = {path for path in paths if path.split(".")[-2:-1] == ["experts"]}
     alpha = adapter.spec.alpha
     return {
         "peft_type": "LORA",
@@ -21,7 +48,8 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
         "r": adapter.spec.rank,
         # PEFT declares an int; scale is lora_alpha / r either way.
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in paths}),
+        "target_modules": sorted({_last_parts(path) for path in paths - experts}),
+        "target_parameters": sorted({".".join(path.split(".")[-2:]) for path in experts}) or None,
         "exclude_modules": None,
         "modules_to_save": None,
         "layers_to_transform": None,
@@ -36,3 +64,8 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
         "use_dora": False,
         "init_lora_weights": True,
     }
+
+
+def _last_parts(path: str) -> str:
+    parts = path.split(".")
+    return ".".join(parts[-2:]) if parts[-1] in _IN_BOTH_HALVES else parts[-1]

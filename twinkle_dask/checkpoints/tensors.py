@@ -74,19 +74,22 @@ def split(
 def check_pairs(weights: Mapping[str, Float32Array], rank: int, where: str) -> None:
     """Every module must have an A_RD and a B_ER of ``rank``, and there must be nothing else.
 
+    Of routed experts R is the rank times their number.
+
     Raises:
         CheckpointCorrupt: Names what is wrong.
     """
     for name, array in weights.items():
         if name.endswith(_A):
-            other, rank_of_array = name.removesuffix(_A) + _B, array.shape[:1]
+            other, inner = name.removesuffix(_A) + _B, array.shape[:1]
         elif name.endswith(_B):
-            other, rank_of_array = name.removesuffix(_B) + _A, array.shape[1:]
+            other, inner = name.removesuffix(_B) + _A, array.shape[1:]
         else:
             raise CheckpointCorrupt(f"{where} holds an unexpected array {name}.")
         if other not in weights:
             raise CheckpointCorrupt(f"{where} holds {name} without {other}.")
-        if array.ndim != 2 or rank_of_array != (rank,):
+        stacked = ".experts." in name and bool(inner) and inner[0] % max(rank, 1) == 0
+        if array.ndim != 2 or not (stacked or inner == (rank,)):
             raise CheckpointCorrupt(
                 f"{where}: {name} has the shape {array.shape}, which is not of rank {rank}."
             )

@@ -1,18 +1,29 @@
 """The frozen base model as the engines see it: hidden states, a head, and what can be adapted.
 
-Shapes: B rows, L padded length, D hidden size, V vocabulary.
+Shapes: B rows, L padded length, T positions of rows packed one after another, D hidden size,
+V vocabulary.
 """
 
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from twinkle_dask.errors import StartupError
-from twinkle_dask.model.lora import AdaptedLinear, BatchPlan, PlanContext, add_adapters
+from twinkle_dask.model import attention
+from twinkle_dask.model.experts import AdaptedExperts, can_adapt, over_positions
+from twinkle_dask.model.linears import AdaptedLinear, Siblings
+from twinkle_dask.model.lora import BatchPlan, PlanContext, add_adapters
+from twinkle_dask.model.mixing import why_padded
+from twinkle_dask.model.norms import replace_norms
 from twinkle_dask.model.targets import Group, Target, body_targets, chosen
+from twinkle_dask.model.transposed import replace_conv1d
 from twinkle_dask.types import LoraSpec, ModelFacts
 
 
@@ -48,6 +59,7 @@ class BaseModel:
         facts: What the gateway knows about the model.
         tokenizer: The Hugging Face tokenizer, or None if the source has none.
         head: The output head, computed by the engines themselves.
+        why_padded: Why its rows must stay apart, padded; None if they may be packed into one.
     """
 
     def __init__(self, model: nn.Module, facts: ModelFacts, tokenizer: Any | None) -> None:
@@ -67,6 +79,8 @@ class BaseModel:
         # Typed Any: transformers gives its models' attributes no types.
         hugging_face = cast("Any", model)
         self._body: Any = hugging_face.base_model
+        self.why_padded = why_padded(model, self._body)
+        replace_conv1d(model)
         self.head = _head(hugging_face)
         self.device: torch.device = self.head.weight_VD.device
         self.dtype: torch.dtype = self.head.weight_VD.dtype
@@ -81,12 +95,38 @@ class BaseModel:
                 group=Group.UNEMBED,
             ),
         )
+        self._experts: dict[str, AdaptedExperts] = {}
         self._wrapped = self._wrap()
+        if self.device.type == "cpu":
+            replace_norms(model)
+        self._layers = self._checkpointing_layers()
         self._try_out()
 
+    @property
+    def mixes_only_by_attention(self) -> bool:
+        """Whether tokens of a row meet in softmax attention and nowhere else."""
+        return self.why_padded is None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The frozen weights."""
+        return list(self._model.parameters())
+
     def targets(self, spec: LoraSpec) -> tuple[Target, ...]:
-        """The linears that an adapter of this shape adapts, the head last."""
+        """What an adapter of this shape adapts, the head last.
+
+        Raises:
+            InvalidRequest: It wants to adapt what this model does not have.
+        """
         return chosen(self._targets, spec)
+
+    def families(self, spec: LoraSpec) -> tuple[tuple[Target, ...], ...]:
+        """The same, those together that read one input: their As should be neighbours."""
+        families: dict[object, list[Target]] = {}
+        for target in self.targets(spec):
+            linear = self._wrapped.get(target.module_path)
+            key = target.module_path if linear is None else linear.siblings
+            families.setdefault(key, []).append(target)
+        return tuple(tuple(family) for family in families.values())
 
     def hidden(
         self,
@@ -110,6 +150,8 @@ class BaseModel:
             attention_mask: As Transformers takes it; None is causal over everything.
             cache: Read and extended in place if given.
         """
+        if self._experts:  # they, and what shares their layer, see tokens without their rows
+            plan = over_positions(plan, *tokens_BL.shape)
         with self._context.use(plan):
             output = self._body(
                 input_ids=tokens_BL,
@@ -125,6 +167,72 @@ class BaseModel:
             hidden_BLD.requires_grad_()
         return hidden_BLD
 
+    def hidden_packed(self, tokens_T: Tensor, rows: attention.Rows, plan: BatchPlan) -> Tensor:
+        """As ``hidden``, of rows that lie one after another in one sequence.
+
+        Args:
+            tokens_T: int64 token ids.
+            rows: Where each row begins; rows do not see each other.
+            plan: Over positions.
+
+        Returns:
+            (T, D).
+        """
+        positions_T = torch.arange(len(tokens_T), device=self.device)
+        lengths = (rows.bounds[1:] - rows.bounds[:-1]).long()
+        positions_T -= rows.bounds[:-1].long().repeat_interleave(lengths)
+        with attention.packed(rows):
+            return self.hidden(tokens_T[None], plan, positions_BL=positions_T[None])[0]
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether ``checkpointing`` has layers to work on."""
+        return bool(self._layers)
+
+    @contextmanager
+    def checkpointing(self) -> Generator[None]:
+        """Passes keep the input of each layer only, and compute the rest again in backward.
+
+        For all threads. Backward may run outside, in any thread.
+        """
+        for layer in self._layers:
+            layer.gradient_checkpointing = True
+            layer.training = True  # the layer's own switch; what is inside stays in eval mode
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.gradient_checkpointing = layer.training = False
+
+    def _checkpointed(self, compute: Any, *args: Any) -> Any:
+        # On a GPU, backward has a thread of its own, which must find this thread's plan.
+        plan, rows = self._context.plan, attention.current()
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._again(plan, rows)
+
+        return cast(Any, checkpoint).checkpoint(
+            compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+
+    @contextmanager
+    def _again(self, plan: BatchPlan, rows: attention.Rows | None) -> Generator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._context.use(plan))
+            if rows is not None:
+                stack.enter_context(attention.packed(rows))
+            yield
+
+    def _checkpointing_layers(self) -> list[Any]:
+        layers: list[Any] = [
+            module
+            for module in self._model.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ]
+        for layer in layers:
+            layer._gradient_checkpointing_func = self._checkpointed
+        return layers
+
     def _wrap(self) -> dict[str, AdaptedLinear]:
         wrapped: dict[str, AdaptedLinear] = {}
         for target in self._targets:
@@ -132,6 +240,10 @@ class BaseModel:
                 continue  # engines compute the head themselves, from its weight
             parent_path, _, name = target.module_path.rpartition(".")
             parent = self._model.get_submodule(parent_path)
+            if can_adapt(parent):
+                if parent_path not in self._experts:
+                    self._experts[parent_path] = AdaptedExperts(parent, parent_path, self._context)
+                continue
             linear = cast("nn.Linear", parent.get_submodule(name))
             wrapped[target.module_path] = AdaptedLinear(linear, target.module_path, self._context)
             setattr(parent, name, wrapped[target.module_path])
@@ -144,22 +256,30 @@ class BaseModel:
         the logits are the head's product alone. Takes milliseconds, and catches architectures that
         no list of names would.
         """
-        called: set[str] = set()
+        calls: list[tuple[AdaptedLinear, Tensor]] = []
+        called: list[nn.Module] = []
+        experts = {path: experts.module for path, experts in self._experts.items()}
+        adapted: dict[str, nn.Module] = {**self._wrapped, **experts}
+        tokens_BL = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=self.device)
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].dim() == 3 and inputs[0].shape[0] == 2:
-                called.update(path for path, linear in self._wrapped.items() if linear is module)
+            shape = tuple(size for size in inputs[0].shape[:-1] if size != 1)
+            # Beside experts rows may be flattened, since plans are over positions then.
+            if shape == tokens_BL.shape or (experts and shape == (tokens_BL.numel(),)):
+                called.append(module)
+                if isinstance(module, AdaptedLinear):
+                    calls.append((module, inputs[0]))
 
-        hooks = [linear.register_forward_pre_hook(note) for linear in self._wrapped.values()]
-        tokens_BL = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=self.device)
+        hooks = [part.register_forward_pre_hook(note) for part in adapted.values()]
         try:
             with torch.no_grad():
                 hidden_BLD = self.hidden(tokens_BL, BatchPlan())
+                in_body, called_in_body = list(calls), set(called)
                 expected_BLV: Tensor = self._model(input_ids=tokens_BL, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        if silent := sorted(self._wrapped.keys() - called):
+        if silent := [path for path, part in adapted.items() if part not in called_in_body]:
             raise StartupError(
                 "This architecture is not supported: it does not call its linear layers on rows of "
                 f"tokens ({', '.join(silent[:4])}), so adapters on them would have no effect."
@@ -173,6 +293,19 @@ class BaseModel:
                 "This architecture is not supported yet: its logits are not the plain product of "
                 "the last hidden state and the output head."
             )
+        self._join_siblings(in_body)
+
+    def _join_siblings(self, calls: list[tuple[AdaptedLinear, Tensor]]) -> None:
+        """Let linears of one group that were called with one and the same tensor be one node."""
+        group_of = {target.module_path: target.group for target in self._targets}
+        families: dict[tuple[int, Group], list[AdaptedLinear]] = {}
+        for linear, x_BLD in calls:  # the tensors are alive, so their ids are their own
+            families.setdefault((id(x_BLD), group_of[linear.module_path]), []).append(linear)
+        for linears in families.values():
+            if len(linears) > 1 and len(set(linears)) == len(linears):
+                siblings = Siblings(linears)
+                for linear in linears:
+                    linear.siblings = siblings
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -19,14 +19,14 @@ def init_adapter(targets: Iterable[Target], spec: LoraSpec) -> AdapterState:
     """
     weights: dict[str, Float32Array] = {}
     for target in targets:
-        path = target.module_path
-        generator = torch.Generator().manual_seed(_seed(spec.seed, path))
-        # kaiming_uniform_ with a = sqrt(5) is uniform within 1 / sqrt(fan_in), fan_in being D.
+        generator = torch.Generator().manual_seed(_seed(spec.seed, target.module_path))
+        # kaiming_uniform_ with a = sqrt(5) is uniform within 1 / sqrt(fan_in), fan_in being D; also
+        # for experts, whose As lie one below another.
         bound = 1 / math.sqrt(target.in_features)
-        a_RD = torch.empty(spec.rank, target.in_features)
-        a_RD.uniform_(-bound, bound, generator=generator)
-        weights[f"{path}.lora_A.weight"] = a_RD.numpy()
-        weights[f"{path}.lora_B.weight"] = np.zeros((target.out_features, spec.rank), np.float32)
+        (name_of_a, shape_of_a), (name_of_b, shape_of_b) = target.shapes(spec.rank).items()
+        a_RD = torch.empty(shape_of_a).uniform_(-bound, bound, generator=generator)
+        weights[name_of_a] = a_RD.numpy()
+        weights[name_of_b] = np.zeros(shape_of_b, np.float32)
     return AdapterState(spec=spec, weights=weights)
 
 

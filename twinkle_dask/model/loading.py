@@ -160,8 +160,10 @@ def _weights(place: ModelSource) -> dict[str, Any]:
 def _refuse_unsupported(config: Any, place: ModelSource) -> None:
     causal = cast("dict[str, str]", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     named: list[str] = config.architectures or []
+    # transformers takes the text part out of some models that see as well, such as Qwen3.5.
+    text_part = config.get_text_config() is not config and not config.is_encoder_decoder
     known = config.model_type in causal
-    if not known or (named and not set(named) & set(causal.values())):
+    if not known or (named and not text_part and not set(named) & set(causal.values())):
         raise StartupError(
             f"Model {place.location} is no causal language model but "
             f"{named[0] if named else config.model_type}."

@@ -1,26 +1,29 @@
-"""Adapters as data: linears that read from the current plan which rows wear which adapter.
+"""Adapters as data, the plan that says which rows wear which, and their part of a product.
 
-Every linear of the base model is wrapped once, when the model loads. The wrapper owns no adapter;
-per pass it computes, for each segment s of the plan,
-
-    y_BLE[rows_s] = x_BLD[rows_s] @ W_ED.T + b_E + scale_s * (x_BLD[rows_s] @ A_RD.T) @ B_ER.T
+    y_BLE[rows_s] += scale_s * (x_BLD[rows_s] @ A_RD.T) @ B_ER.T      for each segment s of the plan
 
 so an adapter costs its own tensors, switching costs nothing, and ranks and targets may differ
-between the rows of one batch.
+between the rows of one batch. The linears that learn are in ``linears``.
 
-Shapes: B rows, L padded length, M rows of one segment times L, D in, E out, R rank.
+Shapes: B rows, L padded length, M rows of one segment times L, D in, E out, R rank, S the sum of
+several ranks.
 """
 
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from twinkle_dask.types import AdapterState, LoraSpec
+
+if TYPE_CHECKING:
+    from twinkle_dask.model.linears import Shared
+
+Copies: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
 
 class LoraTensors:
@@ -33,12 +36,27 @@ class LoraTensors:
             ``.lora_B.weight`` (E, R). Whoever changes one in place calls ``touch`` afterwards.
     """
 
-    def __init__(self, spec: LoraSpec, master: dict[str, Tensor], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: LoraSpec,
+        master: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        copies: Copies | None = None,
+    ) -> None:
+        """Hold ``master`` as it is.
+
+        Args:
+            spec: Not checked against the tensors.
+            master: See the class.
+            dtype: Of the computation.
+            copies: Makes all copies in ``dtype`` at once, where that is cheaper than one by one.
+        """
         self.spec = spec
         self.scale = spec.alpha / spec.rank
         self.master = master
-        self._dtype = dtype
-        self._pairs: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self._make = copies or (lambda: {name: w.to(dtype) for name, w in master.items()})
+        self._copies: Mapping[str, Tensor] | None = None
 
     @classmethod
     def from_state(cls, state: AdapterState, *, device: torch.device, dtype: torch.dtype) -> Self:
@@ -56,20 +74,15 @@ class LoraTensors:
 
     def pair(self, module_path: str) -> tuple[Tensor, Tensor] | None:
         """A_RD and B_ER of one module in the computation's dtype, or None if it is not adapted."""
-        if module_path not in self._pairs:
-            self._pairs[module_path] = self._cast(module_path)
-        return self._pairs[module_path]
+        if self._copies is None:
+            self._copies = self._make()
+        a_RD = self._copies.get(f"{module_path}.lora_A.weight")
+        b_ER = self._copies.get(f"{module_path}.lora_B.weight")
+        return None if a_RD is None or b_ER is None else (a_RD, b_ER)
 
     def touch(self) -> None:
-        """Say that a master changed: copies are made anew when next asked for."""
-        self._pairs.clear()
-
-    def _cast(self, module_path: str) -> tuple[Tensor, Tensor] | None:
-        a_RD = self.master.get(f"{module_path}.lora_A.weight")
-        b_ER = self.master.get(f"{module_path}.lora_B.weight")
-        if a_RD is None or b_ER is None:
-            return None
-        return a_RD.to(self._dtype), b_ER.to(self._dtype)
+        """Drop the copies: a master changed, or nobody needs them now. Made anew on demand."""
+        self._copies = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,8 +91,8 @@ class Segment:
 
     Attributes:
         rows: A slice of rows (no copies) or int64 row indices.
-        grads: Float32 buffers under the weights' names that ``backward`` adds to; None if these
-            rows need no gradient of the adapter.
+        grads: Buffers under the weights' names that ``backward`` adds to, float32 or of the
+            computation's dtype; None if these rows need no gradient of the adapter.
     """
 
     rows: slice | Tensor
@@ -95,11 +108,14 @@ class BatchPlan:
 
     Attributes:
         segments: In any order.
+        over_positions: The segments' rows are positions of the flattened (B, L): several rows may
+            lie one after another in one sequence.
         learns: Whether any segment wants gradients.
     """
 
-    def __init__(self, segments: tuple[Segment, ...] = ()) -> None:
+    def __init__(self, segments: tuple[Segment, ...] = (), *, over_positions: bool = False) -> None:
         self.segments = segments
+        self.over_positions = over_positions
         self.learns = any(segment.grads is not None for segment in segments)
         self._worn: dict[str, list[Worn]] = {}
         self._stacks: dict[tuple[str, int], Stack | None] = {}
@@ -125,11 +141,18 @@ class BatchPlan:
         return self._stacks[key]
 
 
-class PlanContext:
-    """Where the wrapped linears of one model find the plan of the pass. One thread only."""
+class PlanContext(threading.local):
+    """Where the wrapped linears of one model find the plan of the pass; each thread has its own.
+
+    Attributes:
+        plan: Of the pass that this thread computes.
+        shared: What siblings computed together and not all of them have taken yet.
+        anchor: See below.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.plan = BatchPlan()
+        self.shared: Shared | None = None
         # Autograd records a linear only if one of its inputs requires a gradient. Adapters are no
         # autograd leaves, so this scalar stands in for them; nothing is ever added to its .grad.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -191,6 +214,8 @@ def add_adapters(x_BLD: Tensor, y_BLE: Tensor, module_path: str, plan: BatchPlan
     ``y`` may be (N, D) and (N, E) as well, the plan's rows then being those of N.
     """
     worn = plan.worn(module_path)
+    if plan.over_positions:
+        x_BLD, y_BLE = x_BLD.flatten(0, -2), y_BLE.view(-1, y_BLE.shape[-1])
     if len(worn) > 1 and x_BLD.dim() == 3 and x_BLD.shape[1] == 1:
         # In generation a segment has a few positions only, and one pair of small products per
         # adapter costs more than one pair with all of them: 8 adapters on SmolLM2-135M (bfloat16,
@@ -225,108 +250,7 @@ def _add_product(
         y_BLE.index_add_(0, rows, change_ME.view(-1, *y_BLE.shape[1:]), alpha=scale)
 
 
-def _add_one(x_BLD: Tensor, y_BLE: Tensor, worn: Worn) -> Tensor:
-    """Add one segment's part to ``y_BLE``; returns the projection x_MD @ A.T as (M, R)."""
+def _add_one(x_BLD: Tensor, y_BLE: Tensor, worn: Worn) -> None:
     rows = worn.segment.rows
     h_MR = _flat(x_BLD, rows) @ worn.a_RD.T
     _add_product(y_BLE, rows, h_MR, worn.b_ER.T, worn.segment.adapter.scale)
-    return h_MR
-
-
-def _accumulate(buffer: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """``buffer += scale * left @ right`` into a float32 buffer, from factors of any dtype."""
-    if left.dtype == buffer.dtype:
-        buffer.addmm_(left, right, alpha=scale)
-    else:
-        buffer.add_(left @ right, alpha=scale)
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """A frozen linear plus its segments' adapters.
-
-    Backward returns the gradient of x and adds those of A and B to each segment's own buffers, so
-    they are neither leaves nor kept per adapter. Saved are x (once, and only if a segment learns)
-    and the (M, R) projections.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BLD: Tensor,
-        anchor: Tensor | None,  # only there so that autograd records this node
-        weight_ED: Tensor,
-        bias_E: Tensor | None,
-        module_path: str,
-        worn: list[Worn],
-    ) -> Tensor:
-        y_BLE = functional.linear(x_BLD, weight_ED, bias_E).contiguous()
-        projections: list[Tensor] = []
-        for item in worn:
-            h_MR = _add_one(x_BLD, y_BLE, item)
-            if item.segment.grads is not None:
-                projections.append(h_MR)
-        ctx.save_for_backward(x_BLD if projections else None, weight_ED, *projections)
-        ctx.module_path = module_path
-        ctx.worn = worn
-        return y_BLE
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's decorator
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x_BLD, weight_ED, *projections = ctx.saved_tensors
-        grad_BLE = grad_outputs[0].contiguous()
-        grad_BLD = grad_BLE @ weight_ED if ctx.needs_input_grad[0] else None
-        of_learning = iter(projections)
-        for item in ctx.worn:
-            segment: Segment = item.segment
-            scale = segment.adapter.scale
-            grad_ME = _flat(grad_BLE, segment.rows)
-            grad_MR = grad_ME @ item.b_ER
-            if grad_BLD is not None:
-                _add_product(grad_BLD, segment.rows, grad_MR, item.a_RD, scale)
-            if segment.grads is not None:
-                grad_A = segment.grads[f"{ctx.module_path}.lora_A.weight"]
-                grad_B = segment.grads[f"{ctx.module_path}.lora_B.weight"]
-                _accumulate(grad_A, grad_MR.T, _flat(x_BLD, segment.rows), scale)
-                _accumulate(grad_B, grad_ME.T, next(of_learning), scale)
-        return grad_BLD, None, None, None, None, None
-
-
-# torch types `apply` as returning Any of any arguments.
-_apply = cast("Callable[..., Tensor]", _AdaptedLinear.apply)  # pyright: ignore[reportUnknownMemberType]
-
-
-class AdaptedLinear(nn.Module):
-    """Takes the place of an ``nn.Linear``, sharing its weight and bias.
-
-    Input and output are (B, L, D) and (B, L, E), rows first, whenever the plan has segments.
-    """
-
-    def __init__(self, linear: nn.Linear, module_path: str, context: PlanContext) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self._module_path = module_path
-        self._context = context
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """The projection of ``x_BLD`` with the adapters of the current plan."""
-        plan = self._context.plan
-        worn = plan.worn(self._module_path)
-        if not worn:
-            return functional.linear(x_BLD, self.weight, self.bias)
-        if not torch.is_grad_enabled():
-            y_BLE = functional.linear(x_BLD, self.weight, self.bias).contiguous()
-            add_adapters(x_BLD, y_BLE, self._module_path, plan)
-            return y_BLE
-        learns = any(item.segment.grads is not None for item in worn)
-        anchor = self._context.anchor if learns else None
-        return _apply(x_BLD, anchor, self.weight, self.bias, self._module_path, worn)
-
-    def extra_repr(self) -> str:
-        """Sizes and place, for ``print(model)``."""
-        return f"{self._module_path}: {self.in_features} -> {self.out_features}"
