@@ -50,6 +50,10 @@ class LossName(StrEnum):
     CROSS_ENTROPY = "cross_entropy"
     IMPORTANCE_SAMPLING = "importance_sampling"
     PPO = "ppo"
+    CISPO = "cispo"
+    DRO = "dro"
+    GSPO = "gspo"
+    STABLE_REINFORCE = "stable_reinforce"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +123,8 @@ class ForwardBackwardResult:
     Attributes:
         logprobs: Per datum, float32 of the shape of its ``target_tokens``: log softmax of the
             unmodified logits at the targets, at zero-weight positions too.
-        metrics: Names of the form ``x:suffix`` (the suffix says how chunks combine);
-            ``loss:sum`` is always there.
+        metrics: Finite numbers under names of the form ``x:suffix`` (the suffix says how chunks
+            combine); ``loss:sum`` is always there. ``docs/losses.md`` lists them.
     """
 
     logprobs: tuple[Float32Array, ...]
@@ -129,7 +133,10 @@ class ForwardBackwardResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Metrics of an optimizer step; ``grad_norm:mean`` is the L2 norm before clipping."""
+    """Metrics of an optimizer step; ``grad_norm:mean`` is the L2 norm before clipping.
+
+    ``docs/losses.md`` lists the others, which are there if a step was taken.
+    """
 
     metrics: Mapping[str, float]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,13 +37,14 @@ def base(folder: Path) -> BaseModel:
     return load_base(str(folder), "float32", max_rank=16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make(base: BaseModel) -> MakeDriver:
     """A trainer with small micro-batches and chunks, so that every seam is crossed."""
 
-    def make_driver(tokens_per_micro_batch: int = 64, **config: int) -> Driver:
-        small = {"padding_tokens": 8, "head_chunk_bytes": 512 * 4 * 24, "head_block_bytes": 20_000}
-        settings = TrainerConfig(tokens_per_micro_batch=tokens_per_micro_batch, **(small | config))
+    def make_driver(tokens_per_micro_batch: int = 64, **config: Any) -> Driver:
+        small = {"pass_tokens": 8, "head_chunk_bytes": 512 * 4 * 24, "head_block_bytes": 20_000}
+        wanted: dict[str, Any] = {"lanes": 1} | small | config
+        settings = TrainerConfig(tokens_per_micro_batch=tokens_per_micro_batch, **wanted)
         return Driver(Trainer(base, settings))
 
     return make_driver

@@ -5,7 +5,7 @@ Slow and obvious on purpose; one row at a time, nothing shared with the code und
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import transformers
@@ -34,16 +34,38 @@ class DenseRun:
         for name in self.weights:
             if name.endswith(".lora_A.weight"):
                 path = name.removesuffix(".lora_A.weight")
-                delta = self.weights[f"{path}.lora_B.weight"] @ self.weights[name]
-                base = self._model.get_submodule(path).weight.detach()
-                merged[f"{path}.weight"] = base + self._scale * delta
+                # Routed experts are a parameter of their own, all others a module's weight.
+                place = path if path in frozen else f"{path}.weight"
+                base = self._weight(place)
+                merged[place] = base.detach() + self._scale * self._delta(path, base.shape)
         head = merged.pop("lm_head.weight", self._model.lm_head.weight.detach())
-        body = {k.removeprefix("model."): v for k, v in (frozen | merged).items()}
+        prefix = f"{self._model.base_model_prefix}."
+        body = {
+            name.removeprefix(prefix): weight
+            for name, weight in (frozen | merged).items()
+            if name.startswith(prefix)
+        }
         tokens = torch.tensor(datum.tokens, dtype=torch.int64)[None]
-        hidden = torch.func.functional_call(self._model.model, body, (tokens,)).last_hidden_state
-        logp_NV = torch.log_softmax(hidden[0] @ head.T, -1)
+        call: Any = torch.func.functional_call
+        hidden = call(self._model.base_model, body, (tokens,)).last_hidden_state
+        bias = 0 if self._model.lm_head.bias is None else self._model.lm_head.bias.detach()
+        logp_NV = torch.log_softmax(hidden[0] @ head.T + bias, -1)
         targets = torch.tensor(datum.target_tokens)
         return logp_NV.gather(1, targets.view(len(logp_NV), -1)).view(targets.shape)
+
+    def _weight(self, place: str) -> Tensor:
+        module, _, name = place.rpartition(".")
+        return getattr(self._model.get_submodule(module), name)
+
+    def _delta(self, path: str, shape: torch.Size) -> Tensor:
+        a, b = (self.weights[f"{path}.lora_{x}.weight"] for x in "AB")
+        if len(shape) == 3:  # experts, as PEFT lays them out
+            a_ERD = a.view(shape[0], -1, shape[2])
+            b_ORE = b.view(shape[1], -1, shape[0])
+            return torch.einsum("ore,erd->eod", b_ORE, a_ERD)
+        # GPT-2 keeps its weights the other way round.
+        transposed = type(self._model.get_submodule(path)).__name__ == "Conv1D"
+        return (b @ a).T if transposed else b @ a
 
     def forward_backward(self, batch: ForwardBackward) -> tuple[list[Tensor], float]:
         """Logprobs and summed loss; gradients are added to the weights' ``grad``."""
@@ -75,14 +97,43 @@ class DenseRun:
 
 
 def loss(batch: ForwardBackward, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The reference's formulas, word for word."""
-    config = batch.loss.config
+    """The formulas as ``docs/losses.md`` writes them, for one datum."""
+    config, name = batch.loss.config, batch.loss.name
     weights = inputs.get("weights", torch.ones_like(lp))
-    if batch.loss.name is LossName.CROSS_ENTROPY:
+    if name is LossName.CROSS_ENTROPY:
         return -(weights * lp).sum()
-    advantages = inputs["advantages"]
-    ratio = torch.exp(lp - inputs["logprobs"])
-    if batch.loss.name is LossName.IMPORTANCE_SAMPLING:
-        return -(weights * ratio * advantages).sum()
-    clipped = torch.clamp(ratio, config["clip_low_threshold"], config["clip_high_threshold"])
-    return -(weights * torch.min(ratio * advantages, clipped * advantages)).sum()
+    advantages, q = inputs["advantages"], inputs["logprobs"]
+    ratio = torch.exp(lp - q)
+
+    def clip(x: Tensor) -> Tensor:
+        low, high = (
+            inputs.get(key, torch.tensor(config.get(key, 0.0)))
+            for key in ("clip_low_threshold", "clip_high_threshold")
+        )
+        return torch.min(torch.max(x, low), high)
+
+    match name:
+        case LossName.IMPORTANCE_SAMPLING:
+            terms = -ratio * advantages
+        case LossName.PPO:
+            terms = -torch.min(ratio * advantages, clip(ratio) * advantages)
+        case LossName.CISPO:
+            terms = -clip(ratio).detach() * lp * advantages
+        case LossName.DRO:
+            terms = -(lp * advantages - 0.5 * config["beta"] * (lp - q) ** 2)
+        case LossName.GSPO:
+            log_s = (lp.detach() - q)[inputs["sequence_ratio_mask"] != 0].mean()
+            ratio = torch.exp(log_s + lp - lp.detach())
+            terms = -torch.min(ratio * advantages, clip(ratio) * advantages)
+        case LossName.STABLE_REINFORCE:
+            most = inputs.get("clip_high_threshold", torch.tensor(config["clip_high_threshold"]))
+            log_ratio = lp - q
+            near = torch.exp(torch.min(log_ratio, most.log())) - 1 - log_ratio
+            far = most - 1 - most.log() + (most - 1) * (log_ratio - most.log())
+            k = torch.where(ratio <= most, near, far)
+            advantaged = (advantages != 0).float()
+            terms = -torch.min(ratio, most).detach() * advantages * lp
+            terms = terms + config["kl_coeff"] * k * advantaged
+        case _:
+            assert_never(name)
+    return (weights * terms).sum()

@@ -66,8 +66,8 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes with a marked row fail in their middle, after gradients were added to."""
     real = engine.run_pass
 
-    def run_pass(base: Any, parts: Sequence[Part], **sizes: int) -> Any:
-        results = real(base, parts, **sizes)
+    def run_pass(base: Any, parts: Sequence[Part], *others: Any) -> Any:
+        results = real(base, parts, *others)
         if any(datum.tokens[0] == MARK for part in parts for datum in part.data):
             raise torch.OutOfMemoryError("made by the test")
         return results

@@ -87,7 +87,8 @@ def test_logprobs_loss_and_gradient(
         assert ours.dtype == np.float32
         assert ours.shape == datum.target_tokens.shape
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
-    assert result.metrics == {"loss:sum": pytest.approx(total, rel=1e-4), "tokens:sum": 99}
+    assert result.metrics["loss:sum"] == pytest.approx(total, rel=1e-4)
+    assert result.metrics["tokens:sum"] == 99
     gradients = driver.state("r").gradients
     assert gradients is not None
     for key, leaf in reference.weights.items():
@@ -140,7 +141,7 @@ def test_together_equals_alone(make: MakeDriver, seed: int) -> None:
         ids.append([together.submit(f"r{run}", body, f"t{run % 3}") for body in plan(run)])
     mixed = together.drain()
     for run, spec in enumerate(SPECS):
-        alone = make(tokens_per_micro_batch=10_000, padding_tokens=10_000)
+        alone = make(tokens_per_micro_batch=10_000, pass_tokens=10_000)
         alone.create("r", spec)
         for work_id, body in zip(ids[run], plan(run), strict=True):
             ours, theirs = mixed[work_id], alone.do("r", body)
@@ -264,7 +265,8 @@ def test_an_adapter_on_nothing(make: MakeDriver) -> None:
         "r", LoraSpec(rank=1, seed=0, train_attn=False, train_mlp=False, train_unembed=False)
     )
     driver.forward_backward("r", batch(np.random.default_rng(0)))
-    assert driver.step("r") == {"grad_norm:mean": 0.0}
+    metrics = driver.step("r")
+    assert metrics["grad_norm:mean"] == metrics["update_norm:mean"] == 0.0
     assert driver.state("r").adapter.weights == {}
 
 

@@ -13,9 +13,16 @@ import orjson
 
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest
-from twinkle_dask.losses import LOSSES
+from twinkle_dask.losses import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_RATIO_MASK
 from twinkle_dask.operations.values import LoraRequest, ServedModel
-from twinkle_dask.types import AdamParams, Datum, ForwardBackward, Int32Array, SampleRequest
+from twinkle_dask.types import (
+    AdamParams,
+    Datum,
+    ForwardBackward,
+    Int32Array,
+    LossSpec,
+    SampleRequest,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MAX_NAME_LENGTH = 128
@@ -97,8 +104,9 @@ def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: st
         raise InvalidRequest(f"{where}: loss {loss!r} needs {missing[0]!r}.")
     if unknown := sorted(names - terms.required - terms.optional):
         known = ", ".join(sorted({"target_tokens", *terms.required, *terms.optional}))
+        hint = " A weight of 0 leaves a token out." if unknown[0] == "mask" else ""
         raise InvalidRequest(
-            f"{where}: loss {loss!r} has no input {unknown[0][:60]!r}; it takes: {known}."
+            f"{where}: loss {loss!r} has no input {unknown[0][:60]!r}; it takes: {known}.{hint}"
         )
     for name, values in datum.loss_inputs.items():
         if values.shape != targets.shape:
@@ -106,8 +114,47 @@ def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: st
                 f"{where}: {name!r} has shape {values.shape}, target_tokens {targets.shape}; "
                 "they must agree."
             )
-        if not np.isfinite(values).all():
-            raise InvalidRequest(f"{where}: {name!r} has values that are NaN or infinite.")
+    _finite(datum, where)
+    if SEQUENCE_RATIO_MASK in terms.required and not datum.loss_inputs[SEQUENCE_RATIO_MASK].any():
+        raise InvalidRequest(
+            f"{where}: {SEQUENCE_RATIO_MASK!r} is 0 everywhere, so there is no ratio; it must be "
+            "nonzero where the sequence was sampled."
+        )
+    if CLIP_HIGH in terms.optional:
+        _thresholds(datum, request.loss, where)
+
+
+def _finite(datum: Datum, where: str) -> None:
+    """Numbers wherever they are used: a token of weight 0 may have anything in its other inputs."""
+    inputs = datum.loss_inputs
+    used: np.ndarray | bool = True
+    if "weights" in inputs:
+        used = inputs["weights"] != 0
+        if SEQUENCE_RATIO_MASK in inputs:
+            used |= inputs[SEQUENCE_RATIO_MASK] != 0
+    for name, values in inputs.items():
+        needed = True if name in {"weights", SEQUENCE_RATIO_MASK} else used
+        if not np.isfinite(values).all(where=needed):
+            raise InvalidRequest(
+                f"{where}: {name!r} has values that are NaN or infinite; only a token whose "
+                "'weights' is 0 may have them, in its other inputs."
+            )
+
+
+def _thresholds(datum: Datum, loss: LossSpec, where: str) -> None:
+    """Bounds of each token's ratio, from the datum or else from the settings."""
+    inputs = datum.loss_inputs
+    if not {CLIP_LOW, CLIP_HIGH} & inputs.keys():
+        return
+    low = inputs.get(CLIP_LOW, np.float32(loss.config.get(CLIP_LOW, 0.0)))
+    high = inputs.get(CLIP_HIGH, np.float32(loss.config[CLIP_HIGH]))
+    # NaN at a token of weight 0 is nobody's concern.
+    if ((low < 0) | (high <= 0) | (low > high)).any():
+        raise InvalidRequest(
+            f"{where}: the thresholds are bounds of the ratio itself (around 1). Everywhere "
+            f"{CLIP_LOW!r} must be at least 0, {CLIP_HIGH!r} above 0 and not below it; what a "
+            "datum leaves out is as in the loss's settings."
+        )
 
 
 def _tokens(tokens: Int32Array, model: ServedModel, where: str) -> None:

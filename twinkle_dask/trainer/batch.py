@@ -1,22 +1,23 @@
-"""From rows of many runs to the tensors of one pass.
+"""From rows of many runs to the tensors of one slice of a pass.
 
 Shapes: B rows, L longest row, P positions that are no padding, T target tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.model.attention import Rows
+from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.lora import BatchPlan, LoraTensors, Segment
+from twinkle_dask.trainer.gradient import Gradient
 from twinkle_dask.trainer.head import Targets
-from twinkle_dask.trainer.losses import ValueAndSlope, token_loss
-from twinkle_dask.types import Datum, Float32Array, LossSpec
+from twinkle_dask.trainer.mixed_loss import MixedLoss, on_device
+from twinkle_dask.types import Datum, Int64Array, LossSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,68 +25,63 @@ class Part:
     """One work's rows in a pass.
 
     Attributes:
-        grads: Where its adapter's gradients go; None for forward only.
+        gradient: What its adapter's gradients are added to in the end; None for forward only.
     """
 
     adapter: LoraTensors
-    grads: Mapping[str, Tensor] | None
+    gradient: Gradient | None
     loss: LossSpec
     data: Sequence[Datum]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _LossRange:
-    """A range of T under one loss."""
-
-    start: int
-    stop: int
-    spec: LossSpec
-    inputs: Mapping[str, Tensor]
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens of its rows."""
+        return sum(len(datum.tokens) for datum in self.data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MixedLoss:
-    """The losses of a pass, each on its range of T; called as ``head.LossOfPart``."""
+class Layout:
+    """Where the positions of a batch are while they go through the body.
 
-    ranges: Sequence[_LossRange]
+    Attributes:
+        rows: If rows lie one after another in one sequence, where each begins.
+        tokens: int64; (P,) if packed, else (B, L), padded on the right.
+        place_P: Each position's place in the flattened tokens; None if there is no padding.
+    """
 
-    def __call__(self, part: slice, lp_T: Tensor) -> ValueAndSlope:
-        """Values and slopes of a part of T."""
-        values: list[Tensor] = []
-        slopes: list[Tensor] = []
-        for r in self.ranges:
-            start, stop = max(r.start, part.start), min(r.stop, part.stop)
-            if start < stop:
-                inputs = {k: v[start - r.start : stop - r.start] for k, v in r.inputs.items()}
-                here_T = lp_T[start - part.start : stop - part.start]
-                value_T, slope_T = token_loss(r.spec, here_T, inputs)
-                values.append(value_T)
-                slopes.append(slope_T)
-        return (
-            (values[0], slopes[0]) if len(values) == 1 else (torch.cat(values), torch.cat(slopes))
-        )
+    rows: Rows | None
+    tokens: Tensor
+    place_P: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The tensors of one pass; each part is one slice of rows, of positions and of T.
+    """The tensors of one slice of a pass; each part is one range of rows, of P and of T.
 
     Attributes:
-        plan: Segments over rows, for the body.
-        place_P: Each position's place in the flattened (B, L); None if there is no padding.
-        segments: Segments over positions, for the head.
+        plan: Segments over positions as they go through the body.
+        segments: Segments over P, for the head.
     """
 
-    tokens_BL: Tensor
+    layout: Layout
     plan: BatchPlan
-    place_P: Tensor | None
     segments: Sequence[Segment]
     targets: Targets
     loss: MixedLoss
 
     @classmethod
-    def of(cls, parts: Sequence[Part], vocab_size: int, device: torch.device) -> "Batch":
-        """Lay the rows out, padded on the right.
+    def of(
+        cls,
+        parts: Sequence[Part],
+        grads: Sequence[Mapping[str, Tensor] | None],
+        base: BaseModel,
+    ) -> "Batch":
+        """Lay the rows out.
+
+        Args:
+            parts: At least one, with at least one datum each.
+            grads: For each part, buffers for its gradients.
+            base: Packed where its architecture allows it.
 
         Raises:
             InvalidRequest: A row is empty, or a token or target is outside of the vocabulary.
@@ -93,34 +89,44 @@ class Batch:
         """
         data = [datum for part in parts for datum in part.data]
         lengths = np.array([len(datum.tokens) for datum in data])
-        longest = int(lengths.max())
-        tokens_BL = np.zeros((len(data), longest), np.int64)
-        for row, datum in zip(tokens_BL, data, strict=True):
-            row[: len(datum.tokens)] = datum.tokens
+        tokens_P = np.concatenate([datum.tokens for datum in data], dtype=np.int64)
         token_T = np.concatenate([datum.target_tokens.ravel() for datum in data])
         if not lengths.all():
             raise InvalidRequest("A datum holds no tokens.")
-        for tokens in (tokens_BL, token_T):
+        vocab_size = base.facts.vocab_size
+        for tokens in (tokens_P, token_T):
             if tokens.min() < 0 or tokens.max() >= vocab_size:
                 raise InvalidRequest(f"A token is outside of the vocabulary of {vocab_size}.")
-
-        place_P = None
-        if lengths.min() < longest:
-            place_P = _on(device, np.flatnonzero(np.arange(longest) < lengths[:, None]))
+        sizes: list[int] = lengths.tolist()
+        segments = _segments(parts, grads, sizes)
+        if base.mixes_only_by_attention:
+            rows = Rows.of(sizes, base.device)
+            layout, over = Layout(rows, on_device(base.device, tokens_P), None), segments
+        else:
+            layout = _padded(tokens_P, lengths, base.device)
+            over = _segments(parts, grads, [layout.tokens.shape[1]] * len(data))
         per_position_P = np.repeat(
             [datum.target_tokens.size // len(datum.tokens) for datum in data], lengths
         )
         position_T = np.repeat(np.arange(len(per_position_P)), per_position_P)
         first = np.concatenate([[0], np.cumsum(per_position_P)])
-        targets = Targets(_on(device, token_T), _on(device, position_T), first)
+        device = base.device
         return cls(
-            tokens_BL=_on(device, tokens_BL),
-            plan=BatchPlan(_segments(parts, [1] * len(data))),
-            place_P=place_P,
-            segments=_segments(parts, lengths.tolist()),
-            targets=targets,
-            loss=_mixed_loss(parts, device),
+            layout=layout,
+            plan=BatchPlan(over, over_positions=True),
+            segments=segments,
+            targets=Targets(on_device(device, token_T), on_device(device, position_T), first),
+            loss=MixedLoss.of([(part.loss, part.data) for part in parts], device),
         )
+
+
+def _padded(tokens_P: Int64Array, lengths: Int64Array, device: torch.device) -> Layout:
+    longest = int(lengths.max())
+    there_BL = np.arange(longest) < lengths[:, None]
+    tokens_BL = np.zeros((len(lengths), longest), np.int64)
+    tokens_BL[there_BL] = tokens_P
+    place_P = None if there_BL.all() else on_device(device, np.flatnonzero(there_BL))
+    return Layout(None, on_device(device, tokens_BL), place_P)
 
 
 def length_groups(lengths: Sequence[int], padding_tokens: int) -> list[slice]:
@@ -139,40 +145,14 @@ def length_groups(lengths: Sequence[int], padding_tokens: int) -> list[slice]:
     return [*groups, slice(start, len(lengths))]
 
 
-def _segments(parts: Sequence[Part], sizes: Sequence[int]) -> tuple[Segment, ...]:
+def _segments(
+    parts: Sequence[Part], grads: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int]
+) -> tuple[Segment, ...]:
     """One segment for each part, over units of which each datum takes its size."""
     segments: list[Segment] = []
     row = start = 0
-    for part in parts:
+    for part, of_part in zip(parts, grads, strict=True):
         stop = start + sum(sizes[row : row + len(part.data)])
-        segments.append(Segment(slice(start, stop), part.adapter, part.grads))
+        segments.append(Segment(slice(start, stop), part.adapter, of_part))
         row, start = row + len(part.data), stop
     return tuple(segments)
-
-
-def _mixed_loss(parts: Sequence[Part], device: torch.device) -> MixedLoss:
-    ranges: list[_LossRange] = []
-    start = 0
-    for spec, group in groupby(parts, key=lambda part: part.loss):
-        data = [datum for part in group for datum in part.data]
-        names = {name for datum in data for name in datum.loss_inputs}
-        inputs = {name: _on(device, _input(data, name)) for name in names}
-        stop = start + sum(datum.target_tokens.size for datum in data)
-        ranges.append(_LossRange(start, stop, spec, inputs))
-        start = stop
-    return MixedLoss(ranges)
-
-
-def _input(data: Sequence[Datum], name: str) -> Float32Array:
-    """A loss input over all data; an optional one that a datum leaves out is 1 there."""
-    arrays = [
-        datum.loss_inputs[name].ravel()
-        if name in datum.loss_inputs
-        else np.ones(datum.target_tokens.size, np.float32)
-        for datum in data
-    ]
-    return np.concatenate(arrays, dtype=np.float32)
-
-
-def _on(device: torch.device, array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(array).to(device)  # pyright: ignore[reportUnknownMemberType]

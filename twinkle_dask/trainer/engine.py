@@ -2,21 +2,24 @@
 
 import logging
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, assert_never
 
 import torch
 
-from twinkle_dask.errors import InvalidRequest, NotFound, ServiceFault, TwinkleDaskError
+from twinkle_dask.errors import HostLost, InvalidRequest, ServiceFault, TwinkleDaskError
 from twinkle_dask.model.base import BaseModel
-from twinkle_dask.model.init import init_adapter
-from twinkle_dask.trainer.batch import length_groups
-from twinkle_dask.trainer.passes import run_pass
+from twinkle_dask.trainer.budget import choose_budget
+from twinkle_dask.trainer.lanes import Lanes
+from twinkle_dask.trainer.micro_batches import MicroBatches, PlannedPass
+from twinkle_dask.trainer.paging import PagingConfig
+from twinkle_dask.trainer.passes import PassConfig, run_pass
 from twinkle_dask.trainer.progress import Progress
 from twinkle_dask.trainer.queues import Pick, RunQueues
-from twinkle_dask.trainer.run import Run
+from twinkle_dask.trainer.residency import Residency
 from twinkle_dask.trainer.work import (
     Completion,
     CreateRun,
@@ -25,10 +28,13 @@ from twinkle_dask.trainer.work import (
     Outcome,
     Work,
 )
-from twinkle_dask.types import ForwardBackward, LoraSpec, OptimStep, RunId, RunState
+from twinkle_dask.types import ForwardBackward, LoraSpec, OptimStep, RunId, StepResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Float32 logits of one lane at a time that fit into a core's cache.
+_BLOCK_BYTES = 1536 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,50 +43,95 @@ class TrainerConfig:
 
     Attributes:
         tokens_per_micro_batch: Most tokens in one micro-batch; bounds activations, and how long
-            anybody waits for a turn. A longer row goes alone.
-        padding_tokens: What one more pass over the model costs, in tokens: rows of a micro-batch
-            are spread over several passes when that saves more padding.
+            anybody waits for a turn. A longer row goes alone. None chooses by device and memory.
+        deterministic: A pass holds rows of one work only, so that what a run computes depends on
+            nobody else, bit for bit; given one kind of machine, number of lanes and budget.
+        lanes: Threads that compute slices of a pass, on a processor; None takes one for each core
+            that torch may use, up to 4.
+        pass_tokens: What one more pass over the model costs, in tokens: rows of a micro-batch are
+            spread over several passes when that saves more padding, or lets small works end early.
         head_chunk_bytes: Most bytes of logits at a time, in the base model's dtype.
         head_block_bytes: Most bytes of float32 logits at a time. None takes what fits into the
             cores' caches, 1.5 MB for each thread; on a GPU ``head_chunk_bytes``.
     """
 
-    tokens_per_micro_batch: int = 2048
-    padding_tokens: int = 128
+    tokens_per_micro_batch: int | None = None
+    deterministic: bool = False
+    lanes: int | None = None
+    pass_tokens: int = 128
     head_chunk_bytes: int = 48 * 2**20
     head_block_bytes: int | None = None
 
 
 class Trainer:
-    """Trains any number of runs over one base model. Used by one thread; has none of its own.
+    """Trains any number of runs over one base model. Used by one thread.
 
     Work is queued by ``submit`` and done by ``step``. Each run's work happens in the order of its
     submission; different runs share micro-batches (see ``queues``). A work that fails leaves its
     run as it was and everybody else alone.
+
+    Args:
+        base: Shared by all runs.
+        config: How work is cut.
+        paging: Where runs go that there is no room for (see ``residency``); None keeps all.
     """
 
-    def __init__(self, base: BaseModel, config: TrainerConfig) -> None:
+    def __init__(
+        self, base: BaseModel, config: TrainerConfig, paging: PagingConfig | None = None
+    ) -> None:
         self._base = base
         self._config = config
-        self._block_bytes = config.head_block_bytes or (
-            config.head_chunk_bytes
-            if base.device.type == "cuda"
-            else 1536 * 1024 * torch.get_num_threads()
+        on_cpu = base.device.type == "cpu"
+        threads = torch.get_num_threads() if on_cpu else 1
+        self._lanes = Lanes(threads, config.lanes if on_cpu else 1)
+        budget = choose_budget(base, config.tokens_per_micro_batch, fixed=config.deterministic)
+        self._micro_batches = MicroBatches(
+            tokens=budget.tokens,
+            pass_tokens=config.pass_tokens,
+            packed=base.mixes_only_by_attention,
+            alone=config.deterministic,
+        )
+        block_bytes = _BLOCK_BYTES if on_cpu else config.head_chunk_bytes
+        self._passes = PassConfig(
+            chunk_bytes=config.head_chunk_bytes,
+            block_bytes=config.head_block_bytes or block_bytes,
+            checkpoint_tokens=budget.checkpoint_tokens,
         )
         self._queues = RunQueues()
-        self._runs: dict[RunId, Run] = {}
+        self._residency = Residency(base, self._queues, paging)
         self._progress: dict[str, Progress] = {}
+        self._planned: deque[PlannedPass] = deque()
         self._pass_is_due = False
         self.tokens_done = 0
 
     @property
     def busy(self) -> bool:
         """Whether ``step`` would do something now."""
-        return self._queues.has_rows or any(work.ready for work in self._queues.barriers())
+        return (
+            self._has_rows
+            or self._residency.due
+            or any(work.ready for work in self._queues.barriers())
+        )
+
+    @property
+    def _has_rows(self) -> bool:
+        return bool(self._planned) or self._queues.has_rows
 
     def runs(self) -> tuple[RunId, ...]:
         """The runs that exist."""
-        return tuple(self._runs)
+        return self._residency.names()
+
+    def paused(self) -> tuple[tuple[RunId, ...], str]:
+        """Runs whose work waits for room on the device, and why. Any thread."""
+        return self._residency.waiting(), self._residency.reason
+
+    def on_moved(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called, on any thread, when ``busy`` may have become true by itself."""
+        self._residency.on_moved = wake
+
+    def close(self) -> None:
+        """End what moves runs, and remove what lies in files. The trainer is of no use then."""
+        self._residency.close()
 
     def submit(self, work: Work) -> None:
         """Queue work behind everything else of its run; its completion comes out of ``step``.
@@ -89,6 +140,7 @@ class Trainer:
             ValueError: Work of this id is queued already.
         """
         self._queues.add(work)
+        self._residency.work_added(work)
 
     def cancel_run(self, run: RunId) -> tuple[str, ...]:
         """Forget a run's queued work; it gets no completion. The run itself stays.
@@ -96,6 +148,11 @@ class Trainer:
         Returns:
             The ids of the forgotten work.
         """
+        works = self._cancel(run)
+        self._residency.work_ended(run, stepped=False)
+        return works
+
+    def _cancel(self, run: RunId) -> tuple[str, ...]:
         works = self._queues.cancel(run)
         for work in works:
             self._progress.pop(work.id, None)
@@ -103,29 +160,41 @@ class Trainer:
 
     def drop_run(self, run: RunId) -> tuple[str, ...]:
         """Free a run and forget its work as ``cancel_run`` does; an unknown run is no error."""
-        self._runs.pop(run, None)
-        return self.cancel_run(run)
+        works = self._cancel(run)
+        self._residency.drop(run)
+        return works
 
     def step(self) -> list[Completion]:
-        """Do one micro-batch, or the next work of each run where that is something else.
+        """Do one pass, or the next work of each run where that is something else.
 
         The two alternate while there are both, so neither can hold up the other.
 
         Returns:
             What ended; empty also when there was nothing to do.
         """
+        ended = self._advance_runs() if self._residency.due else []
         barriers = [work for work in self._queues.barriers() if work.ready]
-        if barriers and not (self._pass_is_due and self._queues.has_rows):
+        if barriers and not (self._pass_is_due and self._has_rows):
             self._pass_is_due = True
-            return [
+            return ended + [
                 self._end(work.id, _attempt(work, partial(self._do, work))) for work in barriers
             ]
         self._pass_is_due = False
-        return self._micro_batch()
+        return ended + self._next_pass()
+
+    def _advance_runs(self) -> list[Completion]:
+        """Let runs come and go; the work of those that are lost by it ends."""
+        return [
+            Completion(id=work_id, outcome=HostLost(f"The state of run {run!r} was lost here."))
+            for run in self._residency.advance()
+            for work_id in self._cancel(run)
+        ]
 
     def _end(self, work_id: str, outcome: Outcome) -> Completion:
+        run = self._queues.run_of(work_id)
         self._progress.pop(work_id, None)
         self._queues.finish(work_id)
+        self._residency.work_ended(run, stepped=isinstance(outcome, StepResult))
         return Completion(id=work_id, outcome=outcome)
 
     # Barriers.
@@ -135,65 +204,50 @@ class Trainer:
             case CreateRun():
                 return self._create(work.run, work.body.spec)
             case LoadState():
-                return self._load(work.run, work.body)
+                state, with_optimizer = work.body.state.result(), work.body.with_optimizer
+                return self._residency.load(work.run, state, with_optimizer=with_optimizer)
             case OptimStep():
-                return self._existing(work.run).step(work.body.adam)
+                return self._residency.get(work.run).step(work.body.adam)
             case ExportState():
-                run = self._existing(work.run)
+                run = self._residency.get(work.run)
                 return run.export(gradients=work.body.gradients, optimizer=work.body.optimizer)
             case ForwardBackward():
                 raise InvalidRequest("The batch is empty.")
             case _:
                 assert_never(work.body)
 
-    def _existing(self, name: RunId) -> Run:
-        if name not in self._runs:
-            raise NotFound(f"There is no run {name!r}.")
-        return self._runs[name]
-
     def _create(self, name: RunId, spec: LoraSpec) -> None:
-        if name in self._runs:
-            raise InvalidRequest(f"There is a run {name!r} already.")
         if not 1 <= spec.rank <= self._base.facts.max_rank:
             limit = self._base.facts.max_rank
             raise InvalidRequest(f"The LoRA rank must be from 1 to {limit}, not {spec.rank}.")
-        adapter = init_adapter(self._base.targets(spec), spec)
-        self._runs[name] = Run(self._base, RunState(adapter=adapter), with_optimizer=False)
-
-    def _load(self, name: RunId, body: LoadState) -> None:
-        state = body.state.result()
-        if name in self._runs:
-            here, saved = self._runs[name].adapter.spec, state.adapter.spec
-            if replace(here, seed=0) != replace(saved, seed=0):
-                raise InvalidRequest(f"The saved adapter is {saved}, but the run's is {here}.")
-        self._runs[name] = Run(self._base, state, with_optimizer=body.with_optimizer)
+        self._residency.create(name, spec)
 
     # Passes.
 
-    def _micro_batch(self) -> list[Completion]:
+    def _next_pass(self) -> list[Completion]:
         ended: list[Completion] = []
-        rows: list[tuple[Progress, int]] = []
-        for pick in self._queues.next_batch(self._config.tokens_per_micro_batch):
-            progress = _attempt(pick.work, partial(self._progress_of, pick))
-            if isinstance(progress, TwinkleDaskError):
-                ended.append(self._end(pick.work.id, progress))
-            else:
-                rows += [(progress, row) for row in pick.rows]
-        rows.sort(key=_length, reverse=True)
-        for group in length_groups([_length(row) for row in rows], self._config.padding_tokens):
-            members: dict[Progress, list[int]] = {}
-            for progress, row in rows[group]:
-                # It may have ended, or started anew, by what happened in the group before.
-                if self._progress.get(progress.work.id) is progress:
-                    members.setdefault(progress, []).append(row)
+        if not self._planned:
+            self._planned.extend(self._micro_batches.next(self._queues))
+        while self._planned:
+            planned = self._planned.popleft()
+            members: dict[Progress, Sequence[int]] = {}
+            for pick in planned.picks:
+                # It may have ended, or been taken back, by what happened in a pass before.
+                if not self._queues.handed_out(pick.work.id, pick.round):
+                    continue
+                progress = _attempt(pick.work, partial(self._progress_of, pick))
+                if isinstance(progress, TwinkleDaskError):
+                    ended.append(self._end(pick.work.id, progress))
+                else:
+                    members[progress] = pick.rows
             if members:
-                ended += self._pass(members)
+                return ended + self._pass(members)
         return ended
 
     def _progress_of(self, pick: Pick) -> Progress:
         work = pick.work
         if work.id not in self._progress:
-            self._progress[work.id] = Progress(work, pick.body, self._existing(work.run))
+            self._progress[work.id] = Progress(work, pick.body, self._residency.get(work.run))
         return self._progress[work.id]
 
     def _pass(self, members: Mapping[Progress, Sequence[int]]) -> list[Completion]:
@@ -201,13 +255,13 @@ class Trainer:
             results = run_pass(
                 self._base,
                 [progress.part(rows) for progress, rows in members.items()],
-                chunk_bytes=self._config.head_chunk_bytes,
-                block_bytes=self._block_bytes,
+                self._lanes,
+                self._passes,
             )
         except Exception as error:
             if len(members) > 1:
-                # Whose fault it is shows when each runs alone. The gradients so far may hold parts
-                # of this pass, so all of them start anew.
+                # Whose fault it is shows when each runs alone, from its beginning: by then some
+                # of its rows may be planned for another pass already.
                 logger.warning("A mixed pass failed, its works run alone now", exc_info=error)
                 for progress in members:
                     del self._progress[progress.work.id]
@@ -226,11 +280,6 @@ class Trainer:
             except TwinkleDaskError as error:
                 ended.append(self._end(progress.work.id, error))
         return ended
-
-
-def _length(row: tuple[Progress, int]) -> int:
-    progress, index = row
-    return len(progress.body.data[index].tokens)
 
 
 def _attempt(work: Work, do: Callable[[], T]) -> T | TwinkleDaskError:

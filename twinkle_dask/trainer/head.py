@@ -12,15 +12,16 @@ element by element in float32 is done in smaller blocks that stay in the process
 1024 positions without blocks, 220 ms with; the two products alone are 175 ms).
 
 Shapes: P positions, T target tokens (several may belong to one position), C positions of a chunk,
-N of a block, D hidden, V vocabulary, R rank.
+N of a block, M targets to know ahead, D hidden, V vocabulary, R rank.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,11 +31,29 @@ from twinkle_dask.trainer.losses import ValueAndSlope
 from twinkle_dask.types import Int64Array
 
 LossOfPart: TypeAlias = Callable[[slice, Tensor], ValueAndSlope]
-"""Given a range of T and its logprobs: the loss of each token, and its derivative by the logprob.
+"""Given a range of T and its logprobs: each token's loss, and its derivative by the logprob."""
 
-A loss that must see all logprobs of a sequence first (GSPO) fits in by scoring twice: forward only,
-then with slopes that were computed from the first result.
-"""
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A loss whose slopes need some logprobs before any slope is asked for (GSPO).
+
+    Positions are taken a chunk at a time, so these few are scored twice: first forward only, then
+    with everything else.
+    """
+
+    @property
+    def ahead_M(self) -> Int64Array:
+        """Indices of T, increasing, each the only target of its position; may be empty."""
+        ...
+
+    def __call__(self, part: slice, lp_T: Tensor, /) -> ValueAndSlope:
+        """As ``LossOfPart``."""
+        ...
+
+    def knowing(self, lp_M: Tensor) -> LossOfPart:
+        """The loss to go on with, once the logprobs of ``ahead_M`` are known."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +105,8 @@ def score(
 ) -> Scored:
     """Logprobs and losses of all targets, and with ``backward`` the gradients.
 
-    Positions whose slopes are all exactly 0 (mostly prompts) take no part in backward products.
+    Positions whose slopes are all exactly 0 (mostly prompts) take no part in backward products. If
+    the loss ``LooksAhead``, what it needs to know is scored before.
 
     Args:
         head: The output head.
@@ -99,6 +119,9 @@ def score(
         chunk_bytes: Bound of one chunk's logits in the base model's dtype.
         block_bytes: Bound of one block's logits in float32.
     """
+    if isinstance(loss, LooksAhead) and len(ahead_M := loss.ahead_M):
+        first = _only(ahead_M, head, hidden_PD, targets, segments, chunk_bytes, block_bytes)
+        loss = loss.knowing(first)
     vocab_size = head.weight_VD.shape[0]
     chunk = max(1, chunk_bytes // (vocab_size * hidden_PD.element_size()))
     block = max(1, block_bytes // (vocab_size * 4))
@@ -117,10 +140,41 @@ def score(
         if live == len(hidden_CD):
             grad_PD[start : start + live] = _through_head(head, hidden_CD, logits_CV, local)
         else:
-            near = _of_live(local, live_C)
+            near = _of_live(local, live_C.cpu().numpy())
             grad_ND = _through_head(head, hidden_CD[live_C], logits_CV[:live], near)
             grad_PD[start : start + len(hidden_CD)][live_C] = grad_ND
     return scored
+
+
+def _only(
+    ahead_M: Int64Array,
+    head: HeadProjection,
+    hidden_PD: Tensor,
+    targets: Targets,
+    segments: Sequence[Segment],
+    chunk_bytes: int,
+    block_bytes: int,
+) -> Tensor:
+    """Logprobs of these targets alone; the other positions are left out of the products."""
+    position_M = np.searchsorted(targets.first, ahead_M, side="right") - 1
+    live_P = np.zeros(len(hidden_PD), np.bool_)
+    live_P[position_M] = True
+    place_M = np.arange(len(ahead_M) + 1)
+
+    def there(array: Int64Array) -> Tensor:
+        return torch.from_numpy(array).to(hidden_PD.device)  # pyright: ignore[reportUnknownMemberType]
+
+    scored = score(
+        head,
+        hidden_PD[there(position_M)],
+        Targets(targets.token_T[there(ahead_M)], there(place_M[:-1]), place_M),
+        _of_live(segments, live_P),
+        lambda _, lp_T: (lp_T, lp_T),
+        backward=False,
+        chunk_bytes=chunk_bytes,
+        block_bytes=block_bytes,
+    )
+    return scored.logprobs_T
 
 
 def _losses(
@@ -205,9 +259,9 @@ def _within(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]
     return parts
 
 
-def _of_live(segments: Sequence[Segment], live_C: Tensor) -> list[Segment]:
+def _of_live(segments: Sequence[Segment], live_C: NDArray[np.bool_]) -> list[Segment]:
     """The same segments after all but the live positions are taken out."""
-    before = np.pad(live_C.cpu().numpy().cumsum(), (1, 0))
+    before = np.pad(live_C.cumsum(), (1, 0))
     parts: list[Segment] = []
     for segment in segments:
         begin, end = (int(before[bound]) for bound in _bounds(segment))

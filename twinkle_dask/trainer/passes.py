@@ -1,6 +1,13 @@
-"""One pass over the base model: rows of many runs forward, and backward if they learn."""
+"""One pass over the base model: rows of many runs forward, and backward if they learn.
+
+The rows are cut into slices of about equal work, one for each compute lane, and the slices are
+computed in parallel; each has gradient buffers of its own, which are added up in the end, in order.
+"""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -8,56 +15,122 @@ from torch import Tensor
 
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.trainer.batch import Batch, Part
+from twinkle_dask.trainer.gradient import PassGradient
 from twinkle_dask.trainer.head import score
+from twinkle_dask.trainer.lanes import Lanes, slices
 from twinkle_dask.types import Float32Array
+
+Result: TypeAlias = tuple[Float32Array, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassConfig:
+    """How a pass is computed.
+
+    Attributes:
+        chunk_bytes: Bound of the logits of one chunk in the base model's dtype, for each lane.
+        block_bytes: Bound of one block of logits in float32.
+        checkpoint_tokens: Passes of more tokens compute each layer twice to keep less.
+    """
+
+    chunk_bytes: int
+    block_bytes: int
+    checkpoint_tokens: int
 
 
 def run_pass(
-    base: BaseModel, parts: Sequence[Part], *, chunk_bytes: int, block_bytes: int
-) -> list[list[tuple[Float32Array, float]]]:
-    """Forward, losses, and backward into the parts' ``grads``.
+    base: BaseModel, parts: Sequence[Part], lanes: Lanes, config: PassConfig
+) -> list[list[Result]]:
+    """Forward, losses, and backward, which is added to the parts' ``gradient`` at the very end.
 
     Raises:
-        InvalidRequest: A row is not what the model can read. Whatever is raised, ``grads`` may have
-            been added to in part.
+        InvalidRequest: A row is not what the model can read. Whatever is raised, nothing was added
+            to any gradient.
 
     Returns:
         For each part and datum: logprobs of the shape of its targets, and its summed loss, which
         may be infinite or NaN.
     """
-    backward = any(part.grads is not None for part in parts)
-    batch = Batch.of(parts, base.facts.vocab_size, base.device)
+    rows = [(i, row) for i, part in enumerate(parts) for row in range(len(part.data))]
+    lengths = [len(parts[i].data[row].tokens) for i, row in rows]
+    shares = [_share(parts, [rows[i] for i in cut]) for cut in slices(lengths, lanes.count)]
+    with ExitStack() as stack:
+        if sum(lengths) > config.checkpoint_tokens and base.can_checkpoint:
+            stack.enter_context(base.checkpointing())
+        done = lanes.run([(_slice, base, [s.part for s in share], config) for share in shares])
+    results: list[dict[int, Result]] = [{} for _ in parts]
+    for share, (found, gradients) in zip(shares, done, strict=True):
+        for some, of_rows, gradient in zip(share, found, gradients, strict=True):
+            results[some.index].update(zip(some.rows, of_rows, strict=True))
+            if some.part.gradient is not None and gradient is not None:
+                some.part.gradient.add(gradient)
+    return [[of_part[row] for row in range(len(of_part))] for of_part in results]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Some:
+    """Some rows of the part at ``index``, as a part."""
+
+    index: int
+    rows: Sequence[int]
+    part: Part
+
+
+def _share(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> list[_Some]:
+    """Some rows, given as parts' and rows' indices, part by part."""
+    chosen: dict[int, list[int]] = {}
+    for i, row in rows:
+        chosen.setdefault(i, []).append(row)
+    return [
+        _Some(i, of_part, replace(parts[i], data=[parts[i].data[row] for row in of_part]))
+        for i, of_part in chosen.items()
+    ]
+
+
+def _slice(
+    base: BaseModel, parts: Sequence[Part], config: PassConfig
+) -> tuple[list[list[Result]], list[PassGradient | None]]:
+    gradients = [
+        None if part.gradient is None else part.gradient.of_pass(base.dtype) for part in parts
+    ]
+    backward = any(gradient is not None for gradient in gradients)
+    grads = [None if gradient is None else gradient.views for gradient in gradients]
+    batch = Batch.of(parts, grads, base)
+    layout = batch.layout
     with torch.set_grad_enabled(backward):
-        hidden_BLD = base.hidden(batch.tokens_BL, batch.plan)
-    flat_D = hidden_BLD.detach().flatten(0, 1)
+        if layout.rows is not None:
+            hidden = base.hidden_packed(layout.tokens, layout.rows, batch.plan)
+        else:
+            hidden = base.hidden(layout.tokens, batch.plan)
+    flat_D = hidden.detach().reshape(-1, hidden.shape[-1])
     scored = score(
         base.head,
-        flat_D if batch.place_P is None else flat_D[batch.place_P],
+        flat_D if layout.place_P is None else flat_D[layout.place_P],
         batch.targets,
         batch.segments,
         batch.loss,
         backward=backward,
-        chunk_bytes=chunk_bytes,
-        block_bytes=block_bytes,
+        chunk_bytes=config.chunk_bytes,
+        block_bytes=config.block_bytes,
     )
     if scored.grad_PD is not None:
         grad_D = scored.grad_PD
-        if batch.place_P is not None:
-            grad_D = torch.zeros_like(flat_D).index_copy_(0, batch.place_P, grad_D)
-        _backward(hidden_BLD, grad_D.view_as(hidden_BLD))
+        if layout.place_P is not None:
+            grad_D = torch.zeros_like(flat_D).index_copy_(0, layout.place_P, grad_D)
+        _backward(hidden, grad_D.view_as(hidden))
     host = torch.stack((scored.logprobs_T, scored.values_T)).cpu().numpy()
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is for the caller to judge
-        return _per_datum(parts, *host)
+        return _per_datum(parts, *host), gradients
 
 
-def _backward(hidden_BLD: Tensor, grad_BLD: Tensor) -> None:
-    hidden_BLD.backward(grad_BLD)  # pyright: ignore[reportUnknownMemberType]
+def _backward(hidden: Tensor, grad: Tensor) -> None:
+    hidden.backward(grad)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _per_datum(
     parts: Sequence[Part], logprobs_T: Float32Array, values_T: Float32Array
-) -> list[list[tuple[Float32Array, float]]]:
-    results: list[list[tuple[Float32Array, float]]] = []
+) -> list[list[Result]]:
+    results: list[list[Result]] = []
     start = 0
     for part in parts:
         results.append([])

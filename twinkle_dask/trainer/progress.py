@@ -5,6 +5,7 @@ from math import isfinite
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.trainer.batch import Part
+from twinkle_dask.trainer.loss_metrics import loss_metrics
 from twinkle_dask.trainer.run import Run
 from twinkle_dask.trainer.work import Work
 from twinkle_dask.types import Float32Array, ForwardBackward, ForwardBackwardResult
@@ -22,7 +23,7 @@ class Progress:
         self.run = run
         self.gradient = run.new_gradient() if body.backward else None
         self._logprobs: dict[int, Float32Array] = {}
-        self._loss = 0.0
+        self._losses: dict[int, float] = {}
 
     @property
     def done(self) -> bool:
@@ -33,7 +34,7 @@ class Progress:
         """These rows as a part of a pass."""
         return Part(
             adapter=self.run.adapter,
-            grads=None if self.gradient is None else self.gradient.views,
+            gradient=self.gradient,
             loss=self.body.loss,
             data=[self.body.data[row] for row in rows],
         )
@@ -50,7 +51,7 @@ class Progress:
                 "extreme values in its inputs, or a learning rate that made the weights diverge."
             )
         self._logprobs[row] = logprobs
-        self._loss += loss
+        self._losses[row] = loss
 
     def finish(self) -> ForwardBackwardResult:
         """Add the gradient to the run and give the result.
@@ -58,9 +59,10 @@ class Progress:
         Raises:
             InvalidRequest: The gradient is not finite; nothing was added.
         """
+        data = self.body.data
+        logprobs = tuple(self._logprobs[row] for row in range(len(data)))
+        losses = [self._losses[row] for row in range(len(data))]
+        metrics = loss_metrics(self.body.loss, data, logprobs, losses)
         if self.gradient is not None:
             self.run.add_gradient(self.gradient)
-        return ForwardBackwardResult(
-            logprobs=tuple(self._logprobs[row] for row in range(len(self.body.data))),
-            metrics={"loss:sum": self._loss, "tokens:sum": float(self.body.num_tokens)},
-        )
+        return ForwardBackwardResult(logprobs=logprobs, metrics=metrics)

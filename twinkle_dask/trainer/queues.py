@@ -8,6 +8,9 @@ Between tenants the measure is tokens: the next row is the oldest one of the ten
 least. A tenant that comes back from idleness starts level with the least served one, so neither
 idleness nor past use of an empty machine counts for or against anybody. Two tenants that always
 have work therefore never differ by more than one row.
+
+A run can be *held* (its tensors are not at hand, see ``residency``): its works keep their places,
+what has begun goes on, and nothing else of it begins.
 """
 
 import heapq
@@ -27,11 +30,15 @@ class Pick:
 
     Attributes:
         rows: Indices into ``body.data``, longest row first.
+        last: Whether no rows of the work are left after these.
+        round: How often the work has been started anew.
     """
 
     work: Work
     body: ForwardBackward
     rows: tuple[int, ...]
+    last: bool
+    round: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +51,8 @@ class _Open:
     rows: list[int]
     given: int = 0
     alone: bool = False
+    held: bool = False
+    round: int = 0
 
     def __lt__(self, other: "_Open") -> bool:
         return self.age < other.age
@@ -63,18 +72,10 @@ class _Run:
 
 @dataclass(slots=True)
 class _Tenant:
-    """``ready[backward]``: open works with rows left, oldest first."""
+    """``ready``: open works with rows left, oldest first."""
 
     served: int
-    ready: dict[bool, list[_Open]] = field(default_factory=lambda: {False: [], True: []})
-
-    @property
-    def active(self) -> bool:
-        return bool(self.ready[True] or self.ready[False])
-
-    @property
-    def oldest(self) -> _Open:
-        return min(works[0] for works in self.ready.values() if works)
+    ready: list[_Open] = field(default_factory=list[_Open])
 
 
 class RunQueues:
@@ -84,6 +85,7 @@ class RunQueues:
         self._ages = count()
         self._runs: dict[RunId, _Run] = {}
         self._run_of: dict[str, RunId] = {}
+        self._held: set[RunId] = set()
         self._tenants: dict[TenantId, _Tenant] = {}
         self._clock = 0
 
@@ -105,42 +107,79 @@ class RunQueues:
 
     def barriers(self) -> Iterator[Work]:
         """Works other than ForwardBackward whose turn has come, oldest run first."""
-        for run in self._runs.values():
-            if not run.open and run.waiting:
+        for name, run in self._runs.items():
+            if not run.open and run.waiting and name not in self._held:
                 yield run.waiting[0][1]
+
+    def run_of(self, work_id: str) -> RunId:
+        """The run that a queued work belongs to."""
+        return self._run_of[work_id]
+
+    def front(self, name: RunId) -> Work | None:
+        """A run's oldest work that has not ended; None if it has no work."""
+        run = self._runs.get(name)
+        if run is None:
+            return None
+        return next(iter(run.open.values())).work if run.open else run.waiting[0][1]
+
+    def begun(self, name: RunId) -> bool:
+        """Whether rows of a run's work were handed out, and the work has not ended."""
+        run = self._runs.get(name)
+        return run is not None and any(entry.given for entry in run.open.values())
+
+    def hold(self, name: RunId) -> None:
+        """Let nothing of a run begin until ``release``; also work that is added later."""
+        self._held.add(name)
+        run = self._runs.get(name)
+        for entry in run.open.values() if run is not None else ():
+            if not entry.given and not entry.held:
+                self._unready(entry)
+                entry.held = True
+
+    def release(self, name: RunId) -> None:
+        """Undo ``hold``."""
+        self._held.discard(name)
+        run = self._runs.get(name)
+        for entry in run.open.values() if run is not None else ():
+            if entry.held:
+                entry.held = False
+                self._ready(entry)
 
     @property
     def has_rows(self) -> bool:
         """Whether ``next_batch`` would give any."""
-        return any(tenant.active for tenant in self._tenants.values())
+        return any(tenant.ready for tenant in self._tenants.values())
 
-    def next_batch(self, token_budget: int) -> list[Pick]:
+    def next_batch(self, token_budget: int, *, alone: bool = False) -> list[Pick]:
         """Hand out the rows of the next micro-batch, fairest first.
 
-        All of them want a backward pass or none does. They exceed the budget only when a single
-        row does. A row is handed out once, unless ``restart_alone`` takes it back.
+        They exceed the budget only when a single row does. A row is handed out once, unless
+        ``restart_alone`` takes it back.
+
+        Args:
+            token_budget: Most tokens of all rows together.
+            alone: Rows of one work only; what they are then depends on that work and the budget.
 
         Returns:
             One pick for each work, in order of their first row; empty if no rows are left.
         """
-        active = {name: tenant for name, tenant in self._tenants.items() if tenant.active}
+        active = [tenant for tenant in self._tenants.values() if tenant.ready]
         if not active:
             return []
-        first = min(active.values(), key=lambda t: (t.served, t.oldest.age))
-        backward, alone = first.oldest.body.backward, first.oldest.alone
+        first = min(active, key=lambda t: (t.served, t.ready[0].age))
         # A work that must run alone has the micro-batch for itself; its tenant pays as always.
-        sharing = [first] if alone else [t for t in active.values() if t.ready[backward]]
-        heap = [(t.served, t.ready[backward][0].age, t) for t in sharing]
+        alone = alone or first.ready[0].alone
+        heap = [(t.served, t.ready[0].age, t) for t in ([first] if alone else active)]
         heapq.heapify(heap)
         taken: dict[str, tuple[_Open, list[int]]] = {}
         tokens = 0
         while heap:
             served, _, tenant = heap[0]
-            ready = tenant.ready[backward]
-            entry = ready[0]
-            if taken and (tokens + entry.next_tokens > token_budget or entry.alone is not alone):
-                break
-            if alone and taken and entry.work.id not in taken:
+            entry = tenant.ready[0]
+            if taken and (
+                tokens + entry.next_tokens > token_budget
+                or (entry.work.id not in taken and (alone or entry.alone))
+            ):
                 break
             tokens += entry.next_tokens
             self._clock = max(self._clock, served)
@@ -148,19 +187,29 @@ class RunQueues:
             taken.setdefault(entry.work.id, (entry, []))[1].append(entry.rows[entry.given])
             entry.given += 1
             if entry.given == len(entry.rows):
-                ready.pop(0)
-            if ready:
-                heapq.heapreplace(heap, (tenant.served, ready[0].age, tenant))
+                tenant.ready.pop(0)
+            if tenant.ready:
+                heapq.heapreplace(heap, (tenant.served, tenant.ready[0].age, tenant))
             else:
                 heapq.heappop(heap)
         self._forget_idle_tenants()
-        return [Pick(e.work, e.body, tuple(rows)) for e, rows in taken.values()]
+        return [
+            Pick(entry.work, entry.body, tuple(rows), entry.given == len(entry.rows), entry.round)
+            for entry, rows in taken.values()
+        ]
+
+    def handed_out(self, work_id: str, round_: int) -> bool:
+        """Whether rows that were picked in this round of a work are still to be computed."""
+        run = self._runs.get(self._run_of.get(work_id, RunId("")))
+        entry = None if run is None else run.open.get(work_id)
+        return entry is not None and entry.round == round_
 
     def restart_alone(self, work_id: str) -> None:
         """Take back all rows of an open work; from now on it shares no micro-batch."""
         entry = self._runs[self._run_of[work_id]].open[work_id]
         self._unready(entry)
         entry.given, entry.alone = 0, True
+        entry.round += 1
         self._ready(entry)
 
     def finish(self, work_id: str) -> None:
@@ -205,17 +254,20 @@ class RunQueues:
             self._ready(entry)
 
     def _ready(self, entry: _Open) -> None:
+        if entry.work.run in self._held:
+            entry.held = True
+            return
         tenant = self._tenants.setdefault(entry.work.tenant, _Tenant(served=self._clock))
-        if not tenant.active:
-            others = [t.served for t in self._tenants.values() if t.active]
+        if not tenant.ready:
+            others = [t.served for t in self._tenants.values() if t.ready]
             tenant.served = max(tenant.served, min(others, default=self._clock))
-        insort(tenant.ready[entry.body.backward], entry)
+        insort(tenant.ready, entry)
 
     def _unready(self, entry: _Open) -> None:
-        if entry.given < len(entry.rows):
-            self._tenants[entry.work.tenant].ready[entry.body.backward].remove(entry)
+        if entry.given < len(entry.rows) and not entry.held:
+            self._tenants[entry.work.tenant].ready.remove(entry)
 
     def _forget_idle_tenants(self) -> None:
-        done = [n for n, t in self._tenants.items() if not t.active and t.served <= self._clock]
+        done = [n for n, t in self._tenants.items() if not t.ready and t.served <= self._clock]
         for name in done:
             del self._tenants[name]

@@ -1,25 +1,27 @@
 """What a run owns on the device: four flat float32 buffers, the last three only while needed.
 
 Weights, moments and gradient are laid out alike, so the optimizer, clipping, copies and checks are
-a few calls however many layers there are; the model sees views of the buffers by weight name.
+a few calls however many layers there are; the model sees views of the buffers by weight name. A
+run without work keeps its buffers and nothing else: the layout is shared by all runs of one shape,
+and the views are made anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import isfinite
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.lora import LoraTensors
-from twinkle_dask.trainer.optimizer import Moments, adamw_step, clip_scale
+from twinkle_dask.trainer.gradient import Gradient
+from twinkle_dask.trainer.layout import Layout
+from twinkle_dask.trainer.optimizer import Moments, adamw_step, clip_scale, norm
 from twinkle_dask.types import (
     AdamParams,
     AdapterState,
-    Float32Array,
     LoraSpec,
     OptimizerState,
     RunState,
@@ -27,94 +29,107 @@ from twinkle_dask.types import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each weight lies in a flat buffer: one after another, in the order of ``shapes``."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, base: BaseModel, spec: LoraSpec) -> "Layout":
-        """The weights of an adapter of this shape."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for target in base.targets(spec):
-            shapes[f"{target.module_path}.lora_A.weight"] = (spec.rank, target.in_features)
-            shapes[f"{target.module_path}.lora_B.weight"] = (target.out_features, spec.rank)
-        return cls(shapes)
-
-    def zeros(self, device: torch.device) -> Tensor:
-        """A buffer of zeros."""
-        return torch.zeros(sum(map(prod, self.shapes.values())), device=device)
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The weights as views of a buffer."""
-        sizes = [prod(shape) for shape in self.shapes.values()]
-        parts = torch.split(flat, sizes)
-        pairs = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.view(shape) for (name, shape), part in pairs}
-
-    def gather(self, arrays: Mapping[str, Float32Array], device: torch.device) -> Tensor:
-        """Copy arrays from the host into a new buffer.
-
-        Raises:
-            InvalidRequest: A weight is missing, is one too many, or has another shape.
-        """
-        found = {name: array.shape for name, array in arrays.items()}
-        if found != self.shapes:
-            names = found.keys() | self.shapes.keys()
-            name = min(name for name in names if found.get(name) != self.shapes.get(name))
-            raise InvalidRequest(
-                f"The state does not fit this base model and LoRA configuration: {name} has shape "
-                f"{found.get(name)}, expected {self.shapes.get(name)}."
-            )
-        if not arrays:
-            return self.zeros(device)
-        flat = np.concatenate([arrays[name].ravel() for name in self.shapes], dtype=np.float32)
-        return torch.from_numpy(flat).to(device)  # pyright: ignore[reportUnknownMemberType]
-
-    def scatter(self, flat: Tensor) -> dict[str, Float32Array]:
-        """Copy a buffer to the host, as arrays."""
-        host = flat.to("cpu", copy=True)
-        return {name: view.numpy() for name, view in self.views(host).items()}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Gradient:
-    """A buffer to add gradients to, and its views by weight name."""
+class Buffers:
+    """All that a run is, apart from its spec; on whatever device."""
 
-    flat: Tensor
-    views: Mapping[str, Tensor]
+    weights: Tensor
+    moments: Moments | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers that there are, in an order that their number and kinds tell."""
+        moments = [] if self.moments is None else [self.moments.exp_avg, self.moments.exp_avg_sq]
+        return [self.weights, *moments, *([] if self.gradient is None else [self.gradient])]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Buffers":
+        """The same state with its ``tensors`` elsewhere."""
+        weights, *others = tensors
+        moments = None
+        if self.moments is not None:
+            moments = Moments(self.moments.step, others.pop(0), others.pop(0))
+        return Buffers(weights, moments, others.pop() if self.gradient is not None else None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers together."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Run:
-    """One tenant's adapter with its optimizer and accumulated gradient."""
+    """One tenant's adapter with its optimizer and accumulated gradient.
 
-    def __init__(self, base: BaseModel, state: RunState, *, with_optimizer: bool) -> None:
+    Attributes:
+        spec: Of the adapter.
+    """
+
+    def __init__(
+        self, spec: LoraSpec, layout: Layout, buffers: Buffers, dtype: torch.dtype
+    ) -> None:
+        """Take buffers over.
+
+        Args:
+            spec: Of the adapter.
+            layout: Of each buffer.
+            buffers: On the base model's device; the run's own from here on.
+            dtype: Of the computation.
+        """
+        self.spec = spec
+        self._layout = layout
+        self._dtype = dtype
+        self._device = buffers.weights.device
+        self._weights = buffers.weights
+        self._moments = buffers.moments
+        self._gradient = buffers.gradient
+        self._adapter: LoraTensors | None = None
+
+    @classmethod
+    def of_state(
+        cls, base: BaseModel, layout: Layout, state: RunState, *, with_optimizer: bool
+    ) -> "Run":
         """Copy a state to the device.
 
         Raises:
             InvalidRequest: The state does not fit the base model.
         """
-        spec = state.adapter.spec
-        self._device = base.device
-        self._layout = Layout.of(base, spec)
-        self._weights = self._layout.gather(state.adapter.weights, base.device)
-        self.adapter = LoraTensors(spec, self._layout.views(self._weights), dtype=base.dtype)
-        self._moments: Moments | None = None
+        moments = gradient = None
+        weights = layout.gather(state.adapter.weights, base.device)
         if with_optimizer and state.optimizer is not None and state.optimizer.step > 0:
-            self._moments = Moments(
+            moments = Moments(
                 state.optimizer.step,
-                self._layout.gather(state.optimizer.exp_avg, base.device),
-                self._layout.gather(state.optimizer.exp_avg_sq, base.device),
+                layout.gather(state.optimizer.exp_avg, base.device),
+                layout.gather(state.optimizer.exp_avg_sq, base.device),
             )
-        self._gradient: Tensor | None = None
         if state.gradients is not None:
-            self._gradient = self._layout.gather(state.gradients, base.device)
+            gradient = layout.gather(state.gradients, base.device)
+        return cls(state.adapter.spec, layout, Buffers(weights, moments, gradient), base.dtype)
+
+    @property
+    def adapter(self) -> LoraTensors:
+        """The weights as the model takes them; the same object until ``rest``."""
+        if self._adapter is None:
+            layout, weights, dtype = self._layout, self._weights, self._dtype
+            self._adapter = LoraTensors(
+                self.spec,
+                layout.views(weights),
+                dtype=dtype,
+                copies=lambda: layout.views(weights.to(dtype)),
+            )
+        return self._adapter
+
+    @property
+    def buffers(self) -> Buffers:
+        """What the run is, as it stands now; not a copy."""
+        return Buffers(self._weights, self._moments, self._gradient)
+
+    def rest(self) -> None:
+        """Let go of everything but the buffers: views, and copies in the computation's dtype."""
+        self._adapter = None
 
     def new_gradient(self) -> Gradient:
         """A gradient of zeros, not yet part of the run."""
-        flat = self._layout.zeros(self._device)
-        return Gradient(flat, self._layout.views(flat))
+        return Gradient(self._layout, self._device)
 
     def add_gradient(self, gradient: Gradient) -> None:
         """Add to what the next step spends; ``gradient`` is the run's from then on.
@@ -130,7 +145,7 @@ class Run:
             self._gradient += gradient.flat
 
     def step(self, adam: AdamParams) -> StepResult:
-        """Spend the accumulated gradient; without one, nothing changes.
+        """Spend the accumulated gradient; without one, nothing changes and only its norm 0 is told.
 
         Raises:
             InvalidRequest: The sum of the gradients overflowed; it is dropped, no step was taken.
@@ -138,7 +153,7 @@ class Run:
         gradient, self._gradient = self._gradient, None
         if gradient is None:
             return StepResult(metrics={"grad_norm:mean": 0.0})
-        grad_norm = _norm(gradient)
+        grad_norm = float(norm(gradient))
         if not isfinite(grad_norm):
             raise InvalidRequest(
                 "The accumulated gradient is not finite. It was dropped and no step was taken."
@@ -147,13 +162,21 @@ class Run:
             gradient *= scale
         if self._moments is None:
             self._moments = Moments.fresh(self._weights)
-        adamw_step(self._weights, gradient, self._moments, adam)
-        self.adapter.touch()
-        return StepResult(metrics={"grad_norm:mean": grad_norm})
+        norms = adamw_step(self._weights, gradient, self._moments, adam)
+        if self._adapter is not None:
+            self._adapter.touch()
+        metrics = {
+            "grad_norm:mean": grad_norm,
+            "update_norm:mean": norms.update,
+            "weight_norm:mean": norms.weight,
+            "learning_rate:mean": adam.learning_rate,
+            "step:max": float(self._moments.step),
+        }
+        return StepResult(metrics=metrics)
 
     def export(self, *, gradients: bool, optimizer: bool) -> RunState:
         """Copy the state to the host; an optimizer that never stepped has no moments to copy."""
-        adapter = AdapterState(spec=self.adapter.spec, weights=self._layout.scatter(self._weights))
+        adapter = AdapterState(spec=self.spec, weights=self._layout.scatter(self._weights))
         saved = None
         if optimizer and self._moments is None:
             saved = OptimizerState(step=0, exp_avg={}, exp_avg_sq={})
@@ -167,7 +190,3 @@ class Run:
         if gradients and self._gradient is not None:
             unspent = self._layout.scatter(self._gradient)
         return RunState(adapter=adapter, optimizer=saved, gradients=unspent)
-
-
-def _norm(flat: Tensor) -> float:
-    return float(torch.linalg.vector_norm(flat))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
