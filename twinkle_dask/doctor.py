@@ -19,7 +19,6 @@ _SERVER_PACKAGES = (
     "fastapi",
     "uvicorn",
     "sqlalchemy",
-    "aiosqlite",
     "alembic",
     "fsspec",
     "safetensors",

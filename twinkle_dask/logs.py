@@ -37,7 +37,7 @@ def configure(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # Dask, uvicorn and the SQL driver tell at INFO what only their authors want to know.
-    for chatty in ("distributed", "uvicorn", "asyncio", "aiosqlite", "alembic", "httpx", "bokeh"):
+    for chatty in ("distributed", "uvicorn", "asyncio", "alembic", "httpx", "bokeh"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
         logging.getLogger(chatty).handlers[:] = []
         logging.getLogger(chatty).propagate = True

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Generator
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from twinkle_dask.errors import StartupError
 from twinkle_dask_gateway.config import GatewayConfig
@@ -38,7 +40,9 @@ async def serve_http(
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=_Protocol,
+            # The address of a client is in no log and no decision of ours.
+            proxy_headers=False,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -93,6 +97,44 @@ def bind(config: GatewayConfig) -> socket.socket:
             f"Cannot listen on {where}: {error}. Choose another port, or 0 for a free one."
         ) from error
     return listener
+
+
+class _Protocol(HttpToolsProtocol):
+    """HTTP/1.1 whose answers leave in one piece."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gathering = _Gathering(cast(asyncio.Transport, transport), self.loop)
+        super().connection_made(cast(asyncio.Transport, gathering))
+
+
+class _Gathering:
+    """A transport that sends together what one turn of the loop writes.
+
+    uvicorn writes the head of an answer and its body one after the other; sent so, each would be
+    a packet of its own and wake the client for itself.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts:
+            self._transport.writelines(parts)
 
 
 class _Server(uvicorn.Server):

@@ -1,7 +1,9 @@
 """What happens by itself: sessions expire, delivered results and spent journal entries go."""
 
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -26,6 +28,14 @@ def blobs(service: LocalService, kind: str) -> list[Path]:
     return [path for path in service.data_dir.glob(f"blobs/{kind}/**/*") if path.is_file()]
 
 
+def num_kept(service: LocalService, column: str) -> int:
+    """How many operations the journal has with a ``payload`` or a ``result``."""
+    query = f"SELECT count(*) FROM operations WHERE coalesce({column}, {column}_path) NOT NULL"
+    with closing(sqlite3.connect(service.data_dir / "twinkle_dask.sqlite3")) as database:
+        number: int = database.execute(query).fetchone()[0]
+    return number
+
+
 def test_what_is_no_longer_needed_goes(model_folder: Path) -> None:
     journal = {"snapshot_operations": 2, "keep_delivered_s": 0.5, "prune_interval_s": 0.5}
     limits = {"session_timeout_s": 8.0}
@@ -40,8 +50,8 @@ def test_what_is_no_longer_needed_goes(model_folder: Path) -> None:
         expected = logprobs(run.forward(data, "cross_entropy").result())
         # Results were delivered, and a snapshot contains what the journal held, but for a step that
         # is not worth one yet, and the last operation, which tells where the run's order stands.
-        until(lambda: len(blobs(service, "results")) <= 2)
-        until(lambda: len(blobs(service, "journal")) <= 2)
+        until(lambda: num_kept(service, "result") <= 2)
+        until(lambda: num_kept(service, "payload") <= 2)
         until(lambda: len({path.parent for path in blobs(service, "snapshots")}) == 1)
         saved = run.save_state("kept").result().path
         sampler = run.save_weights_and_get_sampling_client().result()
@@ -62,8 +72,9 @@ def test_what_is_no_longer_needed_goes(model_folder: Path) -> None:
         with pytest.raises(tinker.BadRequestError, match=r"(?i)session"):
             run.forward(data, "cross_entropy").result()
         # Nothing can be asked of the run any more, so only the named checkpoint is left of it.
-        for kind in ("snapshots", "journal", "results"):
-            until(lambda kind=kind: not blobs(service, kind))
+        until(lambda: not blobs(service, "snapshots"))
+        for column in ("payload", "result"):
+            until(lambda column=column: not num_kept(service, column))
         until(lambda: len({path.parent for path in blobs(service, "checkpoints")}) == 1)
         with tinker.ServiceClient(base_url=service.url, api_key=service.api_key) as second:
             resumed = second.create_training_client_from_state(saved).result()

@@ -1,6 +1,7 @@
 """Bounds of what a tenant may send, and where large batches are looked at."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.losses import LOSSES, loss_spec
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.tenants import key_hint
 from twinkle_dask.operations.training import Training
@@ -57,6 +59,78 @@ def test_a_batch_has_so_many_data_and_no_more() -> None:
     validation.batch(batch_of(600), MODEL, LIMITS)
     with pytest.raises(InvalidRequest, match="601 data; send at most 600"):
         validation.batch(batch_of(601), MODEL, LIMITS)
+
+
+def rollout(loss: str, config: dict[str, float] | None = None, **inputs: Any) -> ForwardBackward:
+    """Two data for a policy loss, sound but for these inputs of the second; None drops one."""
+    spec = loss_spec(loss, config or {})
+    sound = {
+        "logprobs": np.array([-1.0, -2.0], np.float32),
+        "advantages": np.array([1.0, -1.0], np.float32),
+    }
+    if LOSSES[spec.name].sequence_level:
+        sound["sequence_ratio_mask"] = np.array([0.0, 1.0], np.float32)
+    changed = {
+        name: np.asarray(values, np.float32)
+        for name, values in (sound | inputs).items()
+        if values is not None
+    }
+    data = (replace(DATUM, loss_inputs=sound), replace(DATUM, loss_inputs=changed))
+    return ForwardBackward(data=data, loss=spec)
+
+
+POLICY_LOSSES = [name for name in LossName if LOSSES[name].off_policy]
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+def test_inputs_that_each_loss_takes(loss: str) -> None:
+    validation.batch(rollout(loss), MODEL, LIMITS)
+    optional: dict[str, Any] = {name: [1.0, 1.0] for name in LOSSES[LossName(loss)].optional}
+    validation.batch(rollout(loss, **optional), MODEL, LIMITS)
+    # What a token of weight 0 holds besides is never used.
+    validation.batch(rollout(loss, logprobs=[NAN, -1], weights=[0, 1]), MODEL, LIMITS)
+    validation.batch(rollout(loss, advantages=[INFINITY, 1], weights=[0, 0.5]), MODEL, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (lambda: rollout("ppo", advantages=None), "loss 'ppo' needs 'advantages'"),
+        (lambda: rollout("gspo", sequence_ratio_mask=None), "needs 'sequence_ratio_mask'"),
+        (lambda: rollout("gspo", sequence_ratio_mask=[0, 0]), "0 everywhere.*was sampled"),
+        (lambda: rollout("gspo", sequence_ratio_mask=[1, NAN]), "'sequence_ratio_mask'.*NaN"),
+        (
+            lambda: rollout("gspo", logprobs=[-1, NAN], weights=[1, 0]),  # still in the ratio
+            "'logprobs' has values that are NaN",
+        ),
+        (lambda: rollout("dro", logprobs=[-1, NAN]), "NaN or infinite; only a token whose"),
+        (lambda: rollout("dro", weights=[1, INFINITY]), "'weights' has values"),
+        (lambda: rollout("cispo", logprobs=[-1]), r"'logprobs' has shape \(1,\).*must agree"),
+        (lambda: rollout("ppo", mask=[1, 1]), "no input 'mask'; it takes:.*weight of 0 leaves"),
+        (lambda: rollout("dro", clip_low_threshold=[1, 1]), "no input 'clip_low_threshold'"),
+        (lambda: rollout("stable_reinforce", clip_low_threshold=[1, 1]), "clip_low_threshold"),
+        (lambda: rollout("ppo", clip_low_threshold=[0.5, 1.3]), "around 1.*as in the loss's"),
+        (
+            lambda: rollout("ppo", {"clip_low_threshold": 0.9}, clip_high_threshold=[1, 0.8]),
+            "bounds of the ratio",
+        ),
+        (lambda: rollout("cispo", clip_low_threshold=[-0.1, 0]), "at least 0"),
+        (lambda: rollout("stable_reinforce", clip_high_threshold=[2, 0]), "above 0"),
+    ],
+)
+def test_a_refused_input_is_named_with_its_datum(
+    body: Callable[[], ForwardBackward], says: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"^Datum 1: .*{says}"):
+        validation.batch(body(), MODEL, LIMITS)
+
+
+def test_a_policy_loss_takes_one_target_a_position() -> None:
+    many = replace(DATUM, target_tokens=np.ones((2, 3), np.int64))
+    body = rollout("gspo")
+    with pytest.raises(InvalidRequest, match="one target a position"):
+        validation.batch(replace(body, data=(many,)), MODEL, LIMITS)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from alembic.autogenerate import (  # pyright: ignore[reportMissingTypeStubs]
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import CreateTable
 
 from twinkle_dask.errors import StartupError
@@ -26,7 +25,7 @@ def _differences(connection: Connection) -> object:
 
 async def test_the_migrated_schema_is_the_one_of_the_tables(database_url: str) -> None:
     database = await Database.open(database_url)
-    assert await database.write(lambda connection: connection.run_sync(_differences)) == []
+    assert await database.write(_differences) == []
     await database.close()
 
 
@@ -40,8 +39,8 @@ async def test_opening_again_changes_nothing(database_url: str) -> None:
 async def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "records.sqlite3")
 
-    async def from_the_future(connection: AsyncConnection) -> None:
-        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    def from_the_future(connection: Connection) -> None:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
 
     database = await Database.open(url)
     await database.write(from_the_future)

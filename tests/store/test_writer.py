@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.util import await_only
 
 from tests.store.samples import ANN, at, fill, operation, run, session
 from twinkle_dask.errors import StartupError, StorageFailed
@@ -32,24 +32,37 @@ async def database(database_url: str) -> AsyncGenerator[Database]:
         await opened.close()
 
 
-async def _create(connection: AsyncConnection) -> None:
-    await connection.execute(text("CREATE TABLE numbers (n INTEGER PRIMARY KEY, writer TEXT)"))
+def _create(connection: Connection) -> None:
+    connection.execute(text("CREATE TABLE numbers (n INTEGER PRIMARY KEY, writer TEXT)"))
 
 
 async def _insert(database: Database, number: int, writer: str = "") -> None:
-    async def work(connection: AsyncConnection) -> None:
-        await connection.execute(
-            text("INSERT INTO numbers VALUES (:n, :w)"), {"n": number, "w": writer}
-        )
+    def work(connection: Connection) -> None:
+        connection.execute(text("INSERT INTO numbers VALUES (:n, :w)"), {"n": number, "w": writer})
 
     await database.write(work)
 
 
 async def _numbers(database: Database) -> list[int]:
-    async def work(connection: AsyncConnection) -> list[int]:
-        return list((await connection.scalars(text("SELECT n FROM numbers ORDER BY n"))).all())
+    def work(connection: Connection) -> list[int]:
+        return list(connection.scalars(text("SELECT n FROM numbers ORDER BY n")))
 
     return await database.write(work)
+
+
+class _Gate:
+    """Keeps a transaction open, wherever its work runs: on a thread, or in the loop."""
+
+    def __init__(self) -> None:
+        self.held, self.release = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def hold(self, connection: Connection) -> None:
+        self._loop.call_soon_threadsafe(self.held.set)
+        if connection.dialect.is_async:
+            await_only(self.release.wait())
+        else:
+            asyncio.run_coroutine_threadsafe(self.release.wait(), self._loop).result()
 
 
 async def test_a_failing_statement_fails_only_its_caller(database: Database) -> None:
@@ -63,8 +76,8 @@ async def test_a_failing_statement_fails_only_its_caller(database: Database) -> 
 
 
 async def test_an_error_of_ours_undoes_only_its_callers_changes(database: Database) -> None:
-    async def half(connection: AsyncConnection) -> None:
-        await connection.execute(text("INSERT INTO numbers VALUES (7, '')"))
+    def half(connection: Connection) -> None:
+        connection.execute(text("INSERT INTO numbers VALUES (7, '')"))
         raise ValueError("half-way")
 
     outcomes = await asyncio.gather(
@@ -80,7 +93,7 @@ async def test_writes_keep_the_order_of_their_calls(database: Database) -> None:
     seen: list[int] = []
 
     async def write(number: int) -> None:
-        async def work(_connection: AsyncConnection) -> None:
+        def work(_connection: Connection) -> None:
             seen.append(number)
 
         await database.write(work)
@@ -90,39 +103,30 @@ async def test_writes_keep_the_order_of_their_calls(database: Database) -> None:
 
 
 async def test_what_waits_together_commits_together(database: Database) -> None:
-    held, release = asyncio.Event(), asyncio.Event()
+    gate = _Gate()
 
-    async def hold(_connection: AsyncConnection) -> None:
-        held.set()
-        await release.wait()
-
-    async def transaction(connection: AsyncConnection) -> int:
+    def transaction(connection: Connection) -> int:
         return id(connection.get_transaction())
 
-    holding = asyncio.create_task(database.write(hold))
-    await held.wait()
+    holding = asyncio.create_task(database.write(gate.hold))
+    await gate.held.wait()
     waiting = [asyncio.create_task(database.write(transaction)) for _ in range(20)]
     await asyncio.sleep(0)
-    release.set()
+    gate.release.set()
     assert len(set(await asyncio.gather(*waiting))) == 1
     await holding
 
 
 async def test_a_cancelled_caller_in_the_queue_leaves_no_trace(database: Database) -> None:
-    held, release = asyncio.Event(), asyncio.Event()
-
-    async def hold(_connection: AsyncConnection) -> None:
-        held.set()
-        await release.wait()
-
-    holding = asyncio.create_task(database.write(hold))
-    await held.wait()
+    gate = _Gate()
+    holding = asyncio.create_task(database.write(gate.hold))
+    await gate.held.wait()
     cancelled = asyncio.create_task(_insert(database, 1))
     kept = asyncio.create_task(_insert(database, 2))
     await asyncio.sleep(0)
     cancelled.cancel()
     holding.cancel()  # its transaction runs on: only nobody waits for it
-    release.set()
+    gate.release.set()
     await kept
     assert await _numbers(database) == [2]
 
@@ -168,8 +172,8 @@ async def test_a_full_disk_is_named_and_passes(tmp_path: Path) -> None:
     database = await Database.open(sqlite_url(tmp_path / "records.sqlite3"))
     await database.write(_create)
 
-    async def limit(connection: AsyncConnection, pages: int) -> None:
-        await connection.execute(text(f"PRAGMA max_page_count={pages}"))
+    def limit(connection: Connection, pages: int) -> None:
+        connection.execute(text(f"PRAGMA max_page_count={pages}"))
 
     await database.write(lambda connection: limit(connection, 1))  # it cannot grow any more
     writes = [_insert(database, number, "x" * 50_000) for number in range(3)]
@@ -214,11 +218,11 @@ async def test_a_lost_connection_fails_one_write_and_is_made_anew(empty_postgres
     database, other = await Database.open(empty_postgres), await Database.open(empty_postgres)
     await database.write(_create)
 
-    async def hang_up(connection: AsyncConnection) -> None:
+    def hang_up(connection: Connection) -> None:
         others = (
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
         )
-        await connection.execute(text(others))
+        connection.execute(text(others))
 
     await other.write(hang_up)
     with pytest.raises(StorageFailed, match="write records"):

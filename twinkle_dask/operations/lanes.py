@@ -42,6 +42,7 @@ from twinkle_dask.errors import (
     TwinkleDaskError,
 )
 from twinkle_dask.lifecycle import LANE, LaneEvent, LaneState, move
+from twinkle_dask.operations import contents
 from twinkle_dask.operations.requests import (
     LaneRequest,
     LoadState,
@@ -158,6 +159,13 @@ class Lane:
     def num_queued(self) -> int:
         """Operations that have no outcome yet."""
         return len(self.order) + len(self._in_flight)
+
+    @property
+    def paused(self) -> str | None:
+        """Why the run waits for room on its host, as the host said last; None if it does not."""
+        if self._link is None or self.run.id not in self._link.health.paused:
+            return None
+        return self._link.health.reason
 
     def accept(self, operation: LaneOperation) -> None:
         """Let an acknowledged operation wait for its turn."""
@@ -318,13 +326,13 @@ class Lane:
         failed = record.state is OperationState.FAILED
         if failed and record.kind != TicketKind.OPTIM_STEP:
             return None  # without effect; a failed step has dropped the gradient, though
-        if record.payload_path is None:
+        if not record.has_payload:
             if failed or not record.changes_run:
                 return None
             raise CheckpointCorrupt(f"The journal lacks operation {record.seq} of the run.")
         if not record.changes_run:
             return None
-        payload = await asyncio.to_thread(self._parts.blobs.get, record.payload_path)
+        payload = await contents.payload_of(self._parts.blobs, record)
         request: LaneRequest = packing.unpack(payload)
         answer = link.send(self._host_command(request, payload))
         self._count(request, len(payload))

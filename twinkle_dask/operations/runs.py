@@ -25,7 +25,7 @@ from twinkle_dask.errors import (
     StorageFailed,
 )
 from twinkle_dask.lifecycle import LaneState
-from twinkle_dask.operations import validation
+from twinkle_dask.operations import contents, validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.describing import describe_runs
@@ -232,10 +232,10 @@ class Runs:
                 await self._tickets.fail(record.ticket_id, fault)
 
     async def _requeue(self, record: OperationRecord) -> None:
-        if record.run_id is None or record.seq is None or record.payload_path is None:
+        if record.run_id is None or record.seq is None or not record.has_payload:
             raise InvalidRequest(f"Operation {record.ticket_id} has nothing to be repeated from.")
         lane = self._lanes.get(record.run_id) or await self._open(record.tenant_id, record.run_id)
-        payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
+        payload = await contents.payload_of(self._blobs, record)
         request: LaneRequest = packing.unpack(payload)
         self._open_ticket(record)
         lane.accept(
@@ -245,7 +245,9 @@ class Runs:
 
     def _open_ticket(self, record: OperationRecord) -> None:
         self._quotas.queued_bytes.restore(record.tenant_id, record.payload_bytes)
-        self._tickets.open(record.tenant_id, record.ticket_id, record.payload_bytes)
+        self._tickets.open(
+            record.tenant_id, record.ticket_id, record.payload_bytes, run=record.run_id
+        )
 
     async def info(self, tenant: Tenant, run: RunId) -> RunInfo:
         """A run's record with its newest checkpoints."""
@@ -287,6 +289,11 @@ class Runs:
     def has_lane(self, run: RunId) -> bool:
         """Whether the run may be doing something."""
         return run in self._lanes
+
+    def paused(self, run: RunId) -> str | None:
+        """Why a run's work waits for room on its host; None if it does not."""
+        lane = self._lanes.get(run)
+        return None if lane is None else lane.paused
 
     async def flush(self) -> None:
         """Write down which runs were used since the last call."""
@@ -388,7 +395,7 @@ class Runs:
         except DuplicateOperation as duplicate:
             stored = duplicate.stored
             forgotten = not self._tickets.is_pending(stored.ticket_id)
-            if stored.state is OperationState.PENDING and stored.payload_path and forgotten:
+            if stored.state is OperationState.PENDING and stored.has_payload and forgotten:
                 # It was committed although the store had said that it was not.
                 await self._requeue(stored)
             return _ticket(stored)
@@ -397,8 +404,7 @@ class Runs:
         self, tenant: Tenant, lane: Lane, seq: int, request: LaneRequest, payload: bytes
     ) -> Ticket:
         ticket = TicketId(secrets.token_hex(12))
-        path = f"journal/{ticket}"
-        await asyncio.to_thread(self._blobs.put, path, payload)
+        kept = await contents.keep(self._blobs, f"journal/{ticket}", payload)
         record = OperationRecord(
             ticket_id=ticket,
             tenant_id=tenant.id,
@@ -406,21 +412,22 @@ class Runs:
             run_id=lane.run.id,
             seq=seq,
             changes_run=changes_run(request),
-            payload_path=path,
+            payload=kept.inline,
+            payload_path=kept.path,
             payload_bytes=len(payload),
             created_at=utc_now(),
         )
         try:
             await self._store.journal.add(record)
         except DuplicateOperation:
-            await asyncio.to_thread(self._blobs.remove, path)
+            await contents.discard(self._blobs, kept)
             raise
         except StorageFailed:
             # Unless the write was committed and only its answer was lost.
             if await self._store.journal.get(tenant.id, ticket) is None:
-                await asyncio.to_thread(self._blobs.remove, path)
+                await contents.discard(self._blobs, kept)
             raise
-        self._tickets.open(tenant.id, ticket, len(payload))
+        self._tickets.open(tenant.id, ticket, len(payload), run=lane.run.id)
         lane.accept(LaneOperation(ticket=ticket, seq=seq, request=request, payload=payload))
         return _ticket(record)
 

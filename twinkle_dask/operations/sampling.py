@@ -21,7 +21,7 @@ from twinkle_dask.errors import (
     StorageFailed,
     TwinkleDaskError,
 )
-from twinkle_dask.operations import validation
+from twinkle_dask.operations import contents, validation
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.quotas import Quotas
@@ -161,7 +161,7 @@ class Sampling:
     async def recover(self) -> None:
         """Draw what a server before us acknowledged and did not finish."""
         for record in await self._store.journal.pending():
-            if record.sampler_id is None or record.payload_path is None:
+            if record.sampler_id is None or not record.has_payload:
                 continue
             try:
                 handle = await self._handle(record.tenant_id, record.sampler_id)
@@ -174,7 +174,7 @@ class Sampling:
                 continue
             self._open_ticket(record)
             try:
-                payload = await asyncio.to_thread(self._blobs.get, record.payload_path)
+                payload = await contents.payload_of(self._blobs, record)
             except StorageFailed as error:
                 await self._tickets.fail(record.ticket_id, error)
                 continue
@@ -250,23 +250,23 @@ class Sampling:
         payload: bytes,
     ) -> Ticket:
         ticket = TicketId(secrets.token_hex(12))
-        path = f"journal/{ticket}"
+        kept = await contents.keep(self._blobs, f"journal/{ticket}", payload)
         record = OperationRecord(
             ticket_id=ticket,
             tenant_id=tenant.id,
             kind=TicketKind.SAMPLE,
             sampler_id=handle.record.id,
             seq=seq,
-            payload_path=path,
+            payload=kept.inline,
+            payload_path=kept.path,
             payload_bytes=len(payload),
             sequence_ids=tuple(f"{ticket}-{i}" for i in range(request.num_samples)),
             created_at=utc_now(),
         )
-        await asyncio.to_thread(self._blobs.put, path, payload)
         try:
             await self._store.journal.add(record)
         except DuplicateOperation:
-            await asyncio.to_thread(self._blobs.remove, path)
+            await contents.discard(self._blobs, kept)
             raise
         self._tickets.open(tenant.id, ticket, len(payload))
         self._start(ticket, handle, payload)

@@ -66,10 +66,15 @@ class Service:
             NotFound: No such ticket of this tenant.
         """
         outcome = await self.tickets.wait(tenant.id, ticket, timeout_s)
-        if isinstance(outcome, Waiting) and not self.supervisor.links():
-            reason = outcome.reason or "No host is up; the work is kept and will be done."
-            return replace(outcome, queue_state=QueueState.PAUSED_CAPACITY, reason=reason)
-        return outcome
+        if not isinstance(outcome, Waiting):
+            return outcome
+        run = self.tickets.run_of(ticket)
+        reason = None if run is None else self.runs.paused(run)
+        if not self.supervisor.links():
+            reason = "No host is up; the work is kept and will be done."
+        if reason is None:
+            return outcome
+        return replace(outcome, queue_state=QueueState.PAUSED_CAPACITY, reason=reason)
 
 
 @asynccontextmanager

@@ -14,12 +14,13 @@ from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.commands import Failure
 from twinkle_dask.errors import NotFound, TwinkleDaskError
+from twinkle_dask.operations import contents
 from twinkle_dask.operations.quotas import Quota
 from twinkle_dask.operations.values import Done, Failed, Outcome, Result, Waiting
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.records import OperationRecord, OperationState
 from twinkle_dask.store.store import Store
-from twinkle_dask.types import TenantId, TicketId
+from twinkle_dask.types import RunId, TenantId, TicketId
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -29,6 +30,7 @@ _KEEP_BYTES = 256 * 2**20
 @dataclass(slots=True)
 class _Entry:
     tenant: TenantId
+    run: RunId | None
     future: "asyncio.Future[Outcome]"
     payload_bytes: int
     num_bytes: int = 0
@@ -51,20 +53,35 @@ class TicketBoard:
         """Tickets that have no outcome yet."""
         return len(self._pending)
 
-    def open(self, tenant: TenantId, ticket: TicketId, payload_bytes: int) -> None:
+    def open(
+        self,
+        tenant: TenantId,
+        ticket: TicketId,
+        payload_bytes: int,
+        *,
+        run: RunId | None = None,
+    ) -> None:
         """A new ticket, or one found pending in the journal.
 
         Args:
             tenant: Whose it is.
             ticket: Its id.
             payload_bytes: Counted for the tenant already; given back with the outcome.
+            run: Which run's work it is; None for samples.
         """
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._pending[ticket] = _Entry(tenant=tenant, future=future, payload_bytes=payload_bytes)
+        self._pending[ticket] = _Entry(
+            tenant=tenant, run=run, future=future, payload_bytes=payload_bytes
+        )
 
     def is_pending(self, ticket: TicketId) -> bool:
         """Whether the ticket's operation is on its way in this process."""
         return ticket in self._pending
+
+    def run_of(self, ticket: TicketId) -> RunId | None:
+        """The run whose work a pending ticket is; None if it is no run's, or not pending."""
+        entry = self._pending.get(ticket)
+        return None if entry is None else entry.run
 
     async def finish(self, ticket: TicketId, result: bytes) -> None:
         """Make a packed result durable, then wake whoever waits.
@@ -72,10 +89,13 @@ class TicketBoard:
         Raises:
             StorageFailed: The result could not be stored; the ticket stays pending.
         """
-        path = f"results/{ticket}"
-        await asyncio.to_thread(self._blobs.put, path, result)
+        kept = await contents.keep(self._blobs, f"results/{ticket}", result)
         first = await self._store.journal.finish(
-            ticket, result_path=path, result_bytes=len(result), when=utc_now()
+            ticket,
+            result=kept.inline,
+            result_path=kept.path,
+            result_bytes=len(result),
+            when=utc_now(),
         )
         if first:  # else it was cancelled meanwhile, and whoever did that has settled it
             self._settle(ticket, Done(result=packing.unpack(result)), len(result))
@@ -142,9 +162,8 @@ class TicketBoard:
 
     async def _read(self, record: OperationRecord) -> Outcome:
         match record.state:
-            case OperationState.DONE if record.result_path is not None:
-                stored = await asyncio.to_thread(self._blobs.get, record.result_path)
-                result: Result = packing.unpack(stored)
+            case OperationState.DONE:
+                result: Result = packing.unpack(await contents.result_of(self._blobs, record))
                 return Done(result=result)
             case OperationState.FAILED:
                 failure = Failure(

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import and_, delete, exists, func, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, and_, delete, exists, func, or_, select, update
 
 from twinkle_dask.store.database import Database, Page, insert_new
 from twinkle_dask.store.records import CheckpointKind, CheckpointRecord, OperationState, RunPhase
@@ -39,14 +38,14 @@ class Checkpoints:
             same = or_(same, and_(of_run, t.c.name == checkpoint.name))
         row = to_row(checkpoint)
 
-        async def work(connection: AsyncConnection) -> CheckpointRecord | None:
-            if await insert_new(connection, t, row):
+        def work(connection: Connection) -> CheckpointRecord | None:
+            if insert_new(connection, t, row):
                 return None
-            found = await connection.execute(select(t).where(same))
+            found = connection.execute(select(t).where(same))
             holder = from_row(CheckpointRecord, found.mappings().one())
             if overwrite:
-                await connection.execute(delete(t).where(t.c.id == holder.id))
-                await insert_new(connection, t, row)
+                connection.execute(delete(t).where(t.c.id == holder.id))
+                insert_new(connection, t, row)
             return holder
 
         return await self._database.write(work)

@@ -1,17 +1,29 @@
 """What the repositories share: many short reads, one group-committing writer."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import ColumnElement, CompoundSelect, Delete, Select, Table, Update, func, select
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Connection,
+    Delete,
+    Insert,
+    Select,
+    Table,
+    Update,
+    func,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from twinkle_dask.store.engines import database_faults, open_engines
+from twinkle_dask.store.connections import Connections, Work
+from twinkle_dask.store.engines import database_faults, open_connections
 from twinkle_dask.store.migrate import migrate
 from twinkle_dask.store.rows import R, RowValues, from_row, to_row
-from twinkle_dask.store.writer import GroupWriter, Work
+from twinkle_dask.store.writer import GroupWriter
 
 T = TypeVar("T")
 
@@ -24,29 +36,28 @@ Page: TypeAlias = tuple[tuple[T, ...], int]
 class Database:
     """An open database at the newest schema."""
 
-    def __init__(self, writing: AsyncEngine, reading: AsyncEngine) -> None:
-        self._writing = writing
-        self._reading = reading
-        self._writer = GroupWriter(writing)
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._writer = GroupWriter(connections)
 
     @classmethod
     async def open(cls, url: str) -> "Database":
         """Connect and migrate; see ``Store.open``."""
-        writing, reading = open_engines(url)
-        database = cls(writing, reading)
+        connections = open_connections(url)
         try:
-            await migrate(writing)
-            await database._writer.start()
+            with database_faults("set up its database"):
+                await connections.write(migrate)
         except BaseException:
-            await database.close()
+            await connections.close()
             raise
+        database = cls(connections)
+        database._writer.start()
         return database
 
     async def close(self) -> None:
         """Commit what is queued and close every connection."""
         await self._writer.close()
-        await self._reading.dispose()
-        await self._writing.dispose()
+        await self._connections.close()
 
     async def write(self, work: Work[T]) -> T:
         """See ``GroupWriter.run``."""
@@ -54,29 +65,40 @@ class Database:
 
     async def all(self, kind: type[R], query: Select[Any]) -> tuple[R, ...]:
         """All records of a query that selects all columns of their table."""
-        with database_faults("read records"):
-            async with self._reading.connect() as connection:
-                rows = (await connection.execute(query)).mappings().all()
-        return tuple(from_row(kind, row) for row in rows)
+
+        def work(connection: Connection) -> tuple[R, ...]:
+            return tuple(from_row(kind, row) for row in connection.execute(query).mappings())
+
+        return await self._read(work)
 
     async def one(self, kind: type[R], query: Select[Any]) -> R | None:
         """The record of a query that finds at most one."""
-        with database_faults("read records"):
-            async with self._reading.connect() as connection:
-                row = (await connection.execute(query)).mappings().one_or_none()
-        return None if row is None else from_row(kind, row)
+
+        def work(connection: Connection) -> R | None:
+            row = connection.execute(query).mappings().one_or_none()
+            return None if row is None else from_row(kind, row)
+
+        return await self._read(work)
 
     async def scalar(self, query: Select[Any]) -> Any:
         """The single value of a query."""
-        with database_faults("read records"):
-            async with self._reading.connect() as connection:
-                return await connection.scalar(query)
+
+        def work(connection: Connection) -> Any:
+            return connection.scalar(query)
+
+        return await self._read(work)
 
     async def values(self, query: Select[Any] | CompoundSelect[Any]) -> tuple[Any, ...]:
         """The first column of all rows of a query."""
+
+        def work(connection: Connection) -> tuple[Any, ...]:
+            return tuple(connection.scalars(query))
+
+        return await self._read(work)
+
+    async def _read(self, work: Work[T]) -> T:
         with database_faults("read records"):
-            async with self._reading.connect() as connection:
-                return tuple((await connection.scalars(query)).all())
+            return await self._connections.read(work)
 
     async def page(
         self, kind: type[R], table: Table, which: ColumnElement[bool], limit: int, offset: int
@@ -96,19 +118,25 @@ class Database:
         """
         row = to_row(record)
 
-        async def work(connection: AsyncConnection) -> R:
-            if await insert_new(connection, table, row):
+        def work(connection: Connection) -> R:
+            if insert_new(connection, table, row):
                 return record
-            found = await connection.execute(select(table).where(same()))
+            found = connection.execute(select(table).where(same()))
             return from_row(type(record), found.mappings().one())
 
         return await self.write(work)
 
-    async def change(self, statement: Update | Delete) -> int:
-        """Run one UPDATE or DELETE and tell how many rows it touched."""
+    async def change(self, statement: Update | Delete, values: RowValues | None = None) -> int:
+        """Run one UPDATE or DELETE and tell how many rows it touched.
 
-        async def work(connection: AsyncConnection) -> int:
-            return (await connection.execute(statement)).rowcount
+        Args:
+            statement: What to run. One that is run often is made once, with bound parameters:
+                to make it takes longer than to run it.
+            values: Of its bound parameters.
+        """
+
+        def work(connection: Connection) -> int:
+            return connection.execute(statement, values).rowcount
 
         return await self.write(work)
 
@@ -118,22 +146,27 @@ class Database:
         """Run one UPDATE on all rows whose ``column`` is among ``names``."""
         wanted = tuple(names)
 
-        async def work(connection: AsyncConnection) -> None:
+        def work(connection: Connection) -> None:
             for some in _portions(wanted):
-                await connection.execute(statement.where(column.in_(some)))
+                connection.execute(statement.where(column.in_(some)))
 
         if wanted:
             await self.write(work)
 
 
-async def insert_new(connection: AsyncConnection, table: Table, row: RowValues) -> bool:
+def insert_new(connection: Connection, table: Table, row: RowValues) -> bool:
     """Insert a row; False if a unique column holds its value already, without an error.
 
     An error would undo the transaction that other callers share.
     """
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).on_conflict_do_nothing()
-    return (await connection.execute(statement, row)).rowcount == 1
+    statement = _insert_new(table, connection.dialect.name)
+    return connection.execute(statement, row).rowcount == 1
+
+
+@cache
+def _insert_new(table: Table, dialect: str) -> Insert:
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return insert(table).on_conflict_do_nothing()
 
 
 def _portions(names: tuple[str, ...]) -> Iterable[tuple[str, ...]]:

@@ -1,65 +1,39 @@
-"""Database engines by URL, and their failures in plain words.
-
-SQLite runs in WAL mode with ``synchronous=NORMAL``: a commit survives the death of any process
-and costs no fsync; a power cut may take the last moments, but never the consistency.
-"""
+"""Databases by URL, and their failures in plain words."""
 
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
 
-from sqlalchemy import URL, event, make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from twinkle_dask.errors import StartupError, StorageFailed
+from twinkle_dask.store.connections import Connections, connect
 from twinkle_dask.store.faults import storage_failed
 
 _DRIVERS = {
-    "sqlite": "sqlite+aiosqlite",
-    "sqlite+aiosqlite": "sqlite+aiosqlite",
+    "sqlite": "sqlite+pysqlite",
+    "sqlite+pysqlite": "sqlite+pysqlite",
     "postgres": "postgresql+asyncpg",
     "postgresql": "postgresql+asyncpg",
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
-_PRAGMAS = (
-    "PRAGMA journal_mode=WAL",
-    "PRAGMA synchronous=NORMAL",
-    "PRAGMA foreign_keys=ON",
-    "PRAGMA busy_timeout=5000",  # milliseconds; only tools beside the server can make us wait
-)
-_READERS = 4
 
 
-def open_engines(url: str) -> tuple[AsyncEngine, AsyncEngine]:
-    """Make an engine with one writing connection and one with a few reading ones.
+def open_connections(url: str) -> Connections:
+    """Make the connections to a database; they connect when they are first used.
 
     Raises:
         StartupError: The URL is none, or of a database we do not support.
         StorageFailed: The folder of a SQLite file does not exist.
     """
     where = _database_url(url)
-    sqlite = where.get_backend_name() == "sqlite"
-    writing = create_async_engine(where, pool_size=1, max_overflow=0)
-    reading = create_async_engine(
-        where,
-        pool_size=_READERS,
-        max_overflow=0,
-        isolation_level="AUTOCOMMIT",  # a read is one statement; saves BEGIN and ROLLBACK
-        pool_pre_ping=not sqlite,
-    )
-    if sqlite:
-        # aiosqlite leaves a thread behind for a moment when it cannot open a file, and that
-        # thread fails noisily if the loop is closed meanwhile; so the usual reason is met here.
+    if where.get_backend_name() == "sqlite":
+        # The driver only says that it cannot open the file; here the usual reason has a name.
         with database_faults("open its database"):
             os.scandir(os.path.dirname(where.database or "") or ".").close()
-        event.listen(writing.sync_engine, "connect", _set_up_sqlite)
-        event.listen(reading.sync_engine, "connect", _set_up_sqlite)
-        event.listen(writing.sync_engine, "begin", _begin_sqlite)
-    return writing, reading
+    return connect(where)
 
 
 @contextmanager
@@ -101,17 +75,3 @@ def _database_url(url: str) -> URL:
     if driver.startswith("sqlite") and where.database in (None, "", ":memory:"):
         raise StartupError("The SQLite database must be a file: it has to survive the server.")
     return where.set(drivername=driver)
-
-
-def _set_up_sqlite(connection: DBAPIConnection, _record: Any) -> None:
-    # Without this the driver opens transactions by its own rules, which break savepoints.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in _PRAGMAS:
-        cursor.execute(pragma)
-    cursor.close()
-
-
-def _begin_sqlite(connection: Any) -> None:
-    # IMMEDIATE takes the write lock at once, so a transaction never fails half-way for want of it.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")

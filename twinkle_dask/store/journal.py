@@ -5,7 +5,9 @@ from datetime import datetime
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     and_,
+    bindparam,
     delete,
     exists,
     func,
@@ -15,7 +17,6 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from twinkle_dask.store.database import Database
 from twinkle_dask.store.records import OperationRecord, OperationState
@@ -23,6 +24,9 @@ from twinkle_dask.store.runs import LIVE
 from twinkle_dask.store.tables import operations as t
 from twinkle_dask.store.tables import runs
 from twinkle_dask.types import RunId, TenantId, TicketId
+
+_WITHOUT_BYTES = tuple(column for column in t.c if column.name not in {"payload", "result"})
+_SETTLE = update(t).where(t.c.ticket_id == bindparam("ticket"), t.c.state == OperationState.PENDING)
 
 
 class DuplicateOperation(Exception):
@@ -65,12 +69,19 @@ class Journal:
             raise DuplicateOperation(stored)
 
     async def finish(
-        self, ticket: TicketId, *, result_path: str | None, result_bytes: int, when: datetime
+        self,
+        ticket: TicketId,
+        *,
+        result: bytes | None = None,
+        result_path: str | None = None,
+        result_bytes: int,
+        when: datetime,
     ) -> bool:
         """Record a result; False if the operation was not pending (the first outcome stands)."""
         return await self._settle(
             ticket,
             state=OperationState.DONE,
+            result=result,
             result_path=result_path,
             result_bytes=result_bytes,
             finished_at=when,
@@ -144,8 +155,8 @@ class Journal:
         the run, since a replay needs them, and the last one, which tells where its order stands.
 
         Returns:
-            What was removed, so that payload and result blobs can go too. At most ``limit``, to
-            keep the transaction short; fewer means that nothing is left to remove.
+            What was removed, without bytes, so that payload and result blobs can go too. At most
+            ``limit``, to keep the transaction short; fewer means that nothing is left to remove.
         """
         later = t.alias()
         follows = and_(later.c.run_id == t.c.run_id, later.c.seq > t.c.seq)
@@ -164,7 +175,8 @@ class Journal:
             ~needed,
         )
         # Found outside the writer: what is done with stays so, and others need not wait.
-        found = await self._database.all(OperationRecord, select(t).where(done_with).limit(limit))
+        query = select(*_WITHOUT_BYTES).where(done_with).limit(limit)
+        found = await self._database.all(OperationRecord, query)
         if found:
             tickets = tuple(operation.ticket_id for operation in found)
             await self._database.change(delete(t).where(t.c.ticket_id.in_(tickets)))
@@ -181,16 +193,16 @@ class Journal:
         needless = and_(
             t.c.run_id == run,
             true() if up_to_seq is None else t.c.seq <= up_to_seq,
-            t.c.payload_path.is_not(None),
+            or_(t.c.payload.is_not(None), t.c.payload_path.is_not(None)),
             t.c.state != OperationState.PENDING,
         )
 
-        async def work(connection: AsyncConnection) -> tuple[str, ...]:
-            paths = (await connection.scalars(select(t.c.payload_path).where(needless))).all()
-            await connection.execute(
-                update(t).where(needless).values(payload_path=None, payload_bytes=0)
+        def work(connection: Connection) -> tuple[str, ...]:
+            paths = connection.scalars(select(t.c.payload_path).where(needless)).all()
+            connection.execute(
+                update(t).where(needless).values(payload=None, payload_path=None, payload_bytes=0)
             )
-            return tuple(paths)
+            return tuple(path for path in paths if path is not None)
 
         return await self._database.write(work)
 
@@ -202,5 +214,4 @@ class Journal:
         return frozenset(await self._database.values(union_all(*paths)))
 
     async def _settle(self, ticket: TicketId, **outcome: object) -> bool:
-        pending = and_(t.c.ticket_id == ticket, t.c.state == OperationState.PENDING)
-        return await self._database.change(update(t).where(pending).values(outcome)) == 1
+        return await self._database.change(_SETTLE, {"ticket": ticket, **outcome}) == 1

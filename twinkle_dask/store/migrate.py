@@ -4,28 +4,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from twinkle_dask.errors import StartupError
-from twinkle_dask.store.engines import database_faults
 
 _SCRIPTS = "twinkle_dask.store:migrations"
 
 
-async def migrate(engine: AsyncEngine) -> None:
-    """Apply the missing revisions in one transaction; nothing to do is cheap.
+def migrate(connection: Connection) -> None:
+    """Apply the missing revisions on an open transaction; nothing to do is cheap.
 
     Raises:
         StartupError: The database was made by a newer version of this service.
-        StorageFailed: The database cannot be reached or written.
     """
-    with database_faults("set up its database"):
-        async with engine.begin() as connection:
-            await connection.run_sync(upgrade)
-
-
-def upgrade(connection: Connection) -> None:
-    """Apply the missing revisions on an open transaction."""
     config = Config()
     config.set_main_option("script_location", _SCRIPTS)
     config.attributes["connection"] = connection

@@ -110,8 +110,11 @@ class OperationRecord:
         sampler_id: The sampler that it asks, if any; an operation has a run or a sampler, not both.
         seq: Unique within the run, or within the sampler; None if it was given none.
         changes_run: Whether the run differs afterwards, so that a replay needs it.
-        payload_path: Blob to replay it from; None once no replay can need it.
+        payload: What to replay it from, or
+        payload_path: the blob with it; both None once no replay can need it.
         sequence_ids: For samples, the names of the sequences.
+        result: What was answered, or
+        result_path: the blob with it.
         error_kind: For a failure, the class of the error.
         delivered_at: When the client was last given the outcome.
     """
@@ -134,6 +137,13 @@ class OperationRecord:
     created_at: datetime
     finished_at: datetime | None = None
     delivered_at: datetime | None = None
+    payload: bytes | None = field(default=None, repr=False)
+    result: bytes | None = field(default=None, repr=False)
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether it can be replayed."""
+        return self.payload is not None or self.payload_path is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, exists, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import ColumnElement, Connection, and_, exists, or_, select, update
 
 from twinkle_dask.store.database import Database, Page
 from twinkle_dask.store.records import OperationState, RunPhase, RunRecord, SessionState
@@ -83,15 +82,13 @@ class Runs:
             is none.
         """
 
-        async def work(connection: AsyncConnection) -> str | None:
+        def work(connection: Connection) -> str | None:
             this = t.c.id == run
             columns = (t.c.state, t.c.snapshot_path, t.c.snapshot_seq)
-            row = (await connection.execute(select(*columns).where(this))).one_or_none()
+            row = connection.execute(select(*columns).where(this)).one_or_none()
             if row is None or row.state is RunPhase.CLOSED or row.snapshot_seq > seq:
                 return path
-            await connection.execute(
-                update(t).where(this).values(snapshot_path=path, snapshot_seq=seq)
-            )
+            connection.execute(update(t).where(this).values(snapshot_path=path, snapshot_seq=seq))
             former: str | None = row.snapshot_path
             return former if former != path else None
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -194,6 +195,9 @@ operations = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("finished_at", UtcDateTime, index=True),
     Column("delivered_at", UtcDateTime, index=True),
+    # Last, so that SQLite finds the others without reading through them.
+    Column("payload", LargeBinary),
+    Column("result", LargeBinary),
     UniqueConstraint("run_id", "seq"),
     UniqueConstraint("sampler_id", "seq"),
 )

@@ -5,20 +5,16 @@ write costs one commit, and a thousand at once cost little more.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import Connection
 
 from twinkle_dask.errors import StorageFailed
+from twinkle_dask.store.connections import Connections, Work
 from twinkle_dask.store.engines import database_faults
 
 T = TypeVar("T")
-
-#: Statements to run inside the shared transaction. They may run twice (see ``GroupWriter``), so
-#: they change nothing but the database.
-Work: TypeAlias = Callable[[AsyncConnection], Awaitable[T]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +27,21 @@ class GroupWriter:
     """Runs writes in the order of their ``run`` calls, many to a transaction.
 
     If anything in a transaction fails, it is rolled back and each write in it is tried again in a
-    transaction of its own, so that only those who fail learn of it. That is rare: a duplicate is
-    no failure (see ``database.insert_new``). Savepoints would not do: SQLite drops the whole
-    transaction when the disk is full.
+    transaction of its own, so that only those who fail learn of it; a write may therefore run
+    twice. That is rare: a duplicate is no failure (see ``database.insert_new``). Savepoints would
+    not do: SQLite drops the whole transaction when the disk is full.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
         self._queue: list[_Unit] = []
         self._wake = asyncio.Event()
         self._closing = False
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Connect, then accept writes."""
-        with database_faults("connect to its database"):
-            connection = await self._engine.connect()
-        self._task = asyncio.create_task(self._write_all(connection), name="store-writer")
+    def start(self) -> None:
+        """Accept writes."""
+        self._task = asyncio.create_task(self._write_all(), name="store-writer")
 
     async def run(self, work: Work[T]) -> T:
         """Run ``work`` in a transaction shared with others and wait until it is committed.
@@ -76,7 +70,7 @@ class GroupWriter:
         if self._task is not None:
             await asyncio.wait([self._task])
 
-    async def _write_all(self, connection: AsyncConnection) -> None:
+    async def _write_all(self) -> None:
         batch: list[_Unit] = []
         try:
             while self._queue or not self._closing:
@@ -85,25 +79,26 @@ class GroupWriter:
                 batch = [unit for unit in self._queue if not unit.done.done()]
                 self._queue.clear()
                 if batch:
-                    await self._commit(connection, batch)
+                    await self._commit(batch)
         finally:
             self._closing = True
             for unit in (*batch, *self._queue):
                 if not unit.done.done():
                     unit.done.set_exception(StorageFailed("The store was closed."))
-            await connection.close()
 
-    async def _commit(self, connection: AsyncConnection, batch: list[_Unit]) -> None:
+    async def _commit(self, batch: list[_Unit]) -> None:
+        def work(connection: Connection) -> list[Any]:
+            return [unit.work(connection) for unit in batch]
+
         try:
             with database_faults("write records"):
-                async with connection.begin():
-                    results = [await unit.work(connection) for unit in batch]
+                results = await self._connections.write(work)
         except Exception as error:  # noqa: BLE001  # whatever it is belongs to a caller
             if len(batch) == 1:
                 _fail(batch[0], error)
             else:
                 for unit in batch:
-                    await self._commit(connection, [unit])
+                    await self._commit([unit])
         else:
             for unit, result in zip(batch, results, strict=True):
                 if not unit.done.done():

@@ -25,7 +25,7 @@ _HINTS = {
     "target_prompt_logprobs": "Leave it out; a forward pass with these target_tokens scores them.",
     "prompt_alt_tokens_k": "Leave it 0.",
     "prompt_logprobs_last_n": "Leave it out and cut the answer on your side.",
-    "record_stability_info": "Leave it false; the stable_reinforce loss is not here either.",
+    "record_stability_info": "Leave it false; stable_reinforce takes the sampled logprobs here.",
     "base_model": "Create a sampling session for the model and sample from that.",
     "model_path": "Create a sampling session for the checkpoint and sample from that.",
     "optimizer_params": "The optimizer is AdamW; send adam_params.",
@@ -185,7 +185,7 @@ class ModelInput(Asked):
 
 
 class Datum(Asked):
-    """Provenance spans only matter to losses that are not here, and RL loops always attach them."""
+    """Provenance spans are read by no loss here, but RL loops always attach them."""
 
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData]

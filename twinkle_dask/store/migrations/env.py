@@ -1,4 +1,4 @@
-"""Alembic's entry: run revisions on the connection that ``migrate.upgrade`` hands over."""
+"""Alembic's entry: run revisions on the connection that ``migrate.migrate`` hands over."""
 
 from alembic import context
 
