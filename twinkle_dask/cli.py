@@ -53,6 +53,10 @@ def serve(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Show the embedded cluster's Dask dashboard here."),
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(help="Make a run's results independent of who else trains, bit for bit."),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     until_stdin_closes: Annotated[
         bool, typer.Option(help="Stop when standard input ends (for programs that start us).")
@@ -68,10 +72,12 @@ def serve(
         "scheduler": scheduler,
         "dtype": dtype,
         "dashboard": dashboard,
+        "engine": None if deterministic is None else {"deterministic": deterministic},
         "log_level": log_level,
     }
     loaded = _load(config, flags)
     from twinkle_dask import logs
+    from twinkle_dask.event_loops import loop_factory
     from twinkle_dask_gateway.serve import serve as run
 
     logs.configure(loaded.log_level)
@@ -80,7 +86,8 @@ def serve(
         print(f"READY {url}", flush=True)
 
     try:
-        asyncio.run(run(loaded, ready=ready, until_stdin_closes=until_stdin_closes))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(run(loaded, ready=ready, until_stdin_closes=until_stdin_closes))
     except TwinkleDaskError as error:  # StorageFailed too: a database that cannot be reached
         _fail(error)
 

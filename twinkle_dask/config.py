@@ -105,16 +105,25 @@ class EngineConfig(Settings):
     """How hosts compute.
 
     Attributes:
-        tokens_per_micro_batch: Upper bound of padded tokens in one training pass; None chooses
-            by device.
+        tokens_per_micro_batch: Most tokens in one micro-batch of training; None chooses by device
+            and memory.
         kv_cache_bytes: Memory for the sampler's keys and values; None chooses by memory.
         threads: Threads of one host's arithmetic on a CPU; None shares the cores out, but gives one
             to a model too small to gain from more.
+        adapter_bytes: Most memory that a trainer's runs take where it computes: adapters, moments
+            and gradients. Runs that have no work make place for those that have; None takes a
+            fifth of what is free once the weights are loaded.
+        adapter_host_bytes: Most host memory for runs that left a GPU; what exceeds it goes to the
+            worker's local disk. None takes a fifth of what is free. Refused without a GPU.
+        deterministic: Make what a run computes independent of who else trains, bit for bit.
     """
 
     tokens_per_micro_batch: int | None = Field(default=None, gt=0)
     kv_cache_bytes: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
+    adapter_bytes: int | None = Field(default=None, gt=0)
+    adapter_host_bytes: int | None = Field(default=None, gt=0)
+    deterministic: bool = False
 
 
 class ServiceConfig(Settings):

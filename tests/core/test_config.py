@@ -34,6 +34,8 @@ def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
         ({"models": {"a": "/m"}, "api_keys": ["secret"]}, "tml-"),
         ({"models": {"a": "/m"}, "dtype": "int4"}, "'dtype'"),
         ({"models": {}}, "'models'"),
+        ({"models": {"a": "/m"}, "engine": {"adapter_bytes": 0}}, "'engine.adapter_bytes'"),
+        ({"models": {"a": "/m"}, "engine": {"deterministic": 7}}, "'engine.deterministic'"),
         ({"models": {"a": "/m"}, "url_prefix": "a"}, "'url_prefix'"),
         ({"models": {"a": "/m"}, "url_prefix": "/a/"}, "'/a/b'"),
         ({"models": {"a": "/m"}, "url_prefix": "/a?b"}, "'url_prefix'"),

@@ -6,9 +6,13 @@ host as they are, and a stored result is what the host sent.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from twinkle_dask import errors, packing
 from twinkle_dask.types import LoraSpec, RunId, TenantId
+
+#: Name of the handler through which a worker's host and a gateway talk: see ``Host.carry``.
+STREAM: Final = "twinkle-dask"
 
 
 class Role(StrEnum):
@@ -27,7 +31,7 @@ class HostConfig:
         source: Of the base weights.
         blob_url: Where checkpoints and snapshots lie; the host must be able to reach it.
         threads: Threads for arithmetic on a CPU; None leaves the worker's setting.
-        tokens_per_micro_batch: See ``config.EngineConfig``; so the next.
+        tokens_per_micro_batch: See ``config.EngineConfig``; so the next ones.
     """
 
     source: str
@@ -38,6 +42,9 @@ class HostConfig:
     threads: int | None = None
     tokens_per_micro_batch: int | None = None
     kv_cache_bytes: int | None = None
+    adapter_bytes: int | None = None
+    adapter_host_bytes: int | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,19 +161,16 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Poll:
-    """Completions after ``cursor``; the reply's cursor acknowledges them next time."""
+class Health:
+    """The answer to a probe.
 
-    cursor: int
-    wait_s: float
+    Attributes:
+        paused: Runs whose work waits for room in the trainer's memory.
+        reason: Why they wait, in words for their tenants.
+    """
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completions:
-    """The answer to ``Poll``."""
-
-    cursor: int
-    items: tuple[Completion, ...]
+    paused: tuple[RunId, ...] = ()
+    reason: str = ""
 
 
 def _leaves(cls: type[errors.TwinkleDaskError]) -> dict[str, type[errors.TwinkleDaskError]]:
@@ -182,14 +186,13 @@ packing.register(
     Cancel,
     Command,
     Completion,
-    Completions,
     CreateRun,
     DropRun,
     Failure,
     FolderSaved,
+    Health,
     HostConfig,
     LoadFolder,
-    Poll,
     Role,
     Sample,
     SaveFolder,

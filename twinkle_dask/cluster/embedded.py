@@ -12,6 +12,8 @@ from typing import Any
 import dask.config
 from distributed import Nanny, Scheduler, SpecCluster
 
+from twinkle_dask import event_loops
+
 #: What every cluster of ours needs; the reasons are in docs/architecture.md, "Dask settings".
 SETTINGS: dict[str, Any] = {
     # Set before a worker process imports anything; its own lines before ours would not be JSON.
@@ -35,6 +37,9 @@ SETTINGS: dict[str, Any] = {
     "distributed.comm.timeouts.tcp": "15s",
     "distributed.admin.system-monitor.gil.enabled": False,
     "distributed.admin.tick.limit": "3s",
+    # How often each server of Dask looks whether its loop still turns; there are three of them.
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.event-loop": event_loops.NAME,
 }
 
 

@@ -59,6 +59,8 @@ class EngineThread:
         self._stopping = False
         self._fetching: dict[str, list[SampleWork]] = {}
         self._trained_s = self._sampled_s = 0.0
+        if trainer is not None:
+            trainer.on_moved(self.wake)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,11 +96,13 @@ class EngineThread:
         self.post(lambda: None)
 
     def stop(self) -> None:
-        """End the thread after the step that is going on."""
+        """End the thread after the step that is going on, and the trainer with it."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+        if self.trainer is not None:
+            self.trainer.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.writer.shutdown(wait=False, cancel_futures=True)
 

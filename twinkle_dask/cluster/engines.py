@@ -2,46 +2,88 @@
 
 import ctypes
 import os
-from dataclasses import replace
+import tempfile
+from pathlib import Path
 
+import structlog
 import torch
 
 from twinkle_dask.cluster.commands import HostConfig, Role
+from twinkle_dask.errors import StartupError
 from twinkle_dask.model.loading import load_base
 from twinkle_dask.sampler.engine import TorchSampler, TorchSamplerConfig
 from twinkle_dask.sampler.interface import Sampler
+from twinkle_dask.trainer.budget import free_bytes
 from twinkle_dask.trainer.engine import Trainer, TrainerConfig
+from twinkle_dask.trainer.lanes import MOST_LANES
+from twinkle_dask.trainer.paging import PagingConfig
 from twinkle_dask.types import ModelFacts
 
+log = structlog.stdlib.get_logger(__name__)
+
 # Below, a kernel is over before threads have met; measured at 1.3 M (a pass of 256 tokens takes
-# 28 ms on one core and 36 ms on two) and at 135 M (the second core saves 40 %).
+# 28 ms on one core and 36 ms on two) and at 135 M (the second core saves 40 %). A pass of several
+# rows has a lane for each core all the same.
 _PARAMETERS_FOR_THREADS = 20_000_000
 
 _DASKS_TRIM_THRESHOLD = "65536"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
-def build_engines(config: HostConfig) -> tuple[Trainer | None, Sampler | None, ModelFacts]:
+# Of what is free once the weights are loaded. The rest is for a pass's activations and the
+# sampler's keys and values (``trainer.budget``, ``sampler.startup``).
+_ADAPTERS_SHARE_OF_FREE = 0.2
+
+
+def build_engines(
+    config: HostConfig, folder: Path
+) -> tuple[Trainer | None, Sampler | None, ModelFacts]:
     """Load the base model and put the engines of the host's role over it.
 
+    Args:
+        config: Of the host.
+        folder: On a local disk; gets a folder for runs that there is no memory for. Losing it
+            costs nothing but time, since the journal and snapshots hold what it holds.
+
     Raises:
-        StartupError: The base model cannot be loaded.
+        StartupError: The base model cannot be loaded, or a setting is of no use here.
     """
     _keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    cores = torch.get_num_threads()
     base = load_base(config.source, config.dtype, config.max_rank)
     if config.threads is None and base.facts.num_parameters < _PARAMETERS_FOR_THREADS:
         torch.set_num_threads(1)
     trainer = sampler = None
     if config.role is not Role.SAMPLER:
-        settings = TrainerConfig()
-        if config.tokens_per_micro_batch is not None:
-            settings = replace(settings, tokens_per_micro_batch=config.tokens_per_micro_batch)
-        trainer = Trainer(base, settings)
+        settings = TrainerConfig(
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            deterministic=config.deterministic,
+            lanes=min(cores, MOST_LANES),
+        )
+        trainer = Trainer(base, settings, _paging(config, base.device, folder))
     if config.role is not Role.TRAINER:
         sampler = TorchSampler(base, TorchSamplerConfig(max_kv_bytes=config.kv_cache_bytes))
     return trainer, sampler, base.facts
+
+
+def _paging(config: HostConfig, device: torch.device, folder: Path) -> PagingConfig:
+    on_device = config.adapter_bytes or int(_ADAPTERS_SHARE_OF_FREE * free_bytes(device))
+    in_host = config.adapter_host_bytes
+    if device.type == "cpu" and in_host is not None:
+        raise StartupError(
+            "engine.adapter_host_bytes is for hosts with a GPU. This one computes in the host's "
+            "memory, which engine.adapter_bytes bounds."
+        )
+    if device.type != "cpu" and in_host is None:
+        in_host = int(_ADAPTERS_SHARE_OF_FREE * free_bytes(torch.device("cpu")))
+    log.info("Adapters may take memory", device_bytes=on_device, host_bytes=in_host)
+    return PagingConfig(
+        folder=Path(tempfile.mkdtemp(prefix="twinkle-runs-", dir=folder)),
+        device_bytes=on_device,
+        host_bytes=in_host,
+    )
 
 
 def _keep_freed_memory() -> None:

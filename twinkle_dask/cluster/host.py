@@ -11,26 +11,28 @@ import asyncio
 import functools
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from distributed import get_worker
 
 from twinkle_dask import packing
 from twinkle_dask.checkpoints import folders
 from twinkle_dask.cluster.commands import (
+    STREAM,
     Cancel,
     Command,
     Completion,
-    Completions,
     CreateRun,
     DropRun,
     Failure,
     FolderSaved,
+    Health,
     HostConfig,
     LoadFolder,
-    Poll,
     Role,
     Sample,
     SaveFolder,
@@ -88,19 +90,23 @@ class Host:
         self._epoch = 0
         self._arrived = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._accepted = 0
+        self._comm: Any = None
         self._samples: set[str] = set()
-        self._completions: list[tuple[int, Completion]] = []
-        self._cursor = 0
+        self._completions: list[Completion] = []
         self._saving: dict[str, tuple[Command, SaveFolder]] = {}
         self._lock = threading.Lock()
         self._engine, self._facts = self._build()
+        worker: Any = get_worker()  # distributed has no types
+        worker.handlers[STREAM] = self.carry
 
     def _build(self) -> "tuple[EngineThread, Any]":
         # Here and not above, so that the gateway can name this class without loading torch.
         from twinkle_dask.cluster.engines import build_engines
 
-        trainer, sampler, facts = build_engines(self._config)
+        # Dask removes this folder with the worker, and at the next start of a worker beside it if
+        # this one is killed.
+        folder = Path(get_worker().local_directory)
+        trainer, sampler, facts = build_engines(self._config, folder)
         from twinkle_dask.cluster.engine_thread import EngineThread
 
         engine = EngineThread(trainer, sampler, self._read_adapter, self._on_done)
@@ -116,9 +122,12 @@ class Host:
 
     @answered
     async def health(self, request: bytes) -> object:
-        """Answers while the event loop turns and the engine thread lives."""
+        """Answers ``Health`` while the event loop turns and the engine thread lives."""
         self._check_engine()
-        return {}
+        if self._engine.trainer is None:
+            return Health()
+        paused, reason = self._engine.trainer.paused()
+        return Health(paused=paused, reason=reason)
 
     @answered
     async def attach(self, request: bytes) -> object:
@@ -127,7 +136,8 @@ class Host:
         The request is the new epoch; calls with another one are refused from now on.
         """
         self._epoch = packing.unpack(request)["epoch"]
-        self._accepted = 0
+        if self._comm is not None:
+            self._comm.abort()
         with self._lock:
             self._completions.clear()
         forgotten: Future[None] = Future()
@@ -135,46 +145,49 @@ class Host:
         await asyncio.wrap_future(forgotten)
         return {}
 
-    @answered
-    async def submit(self, request: bytes) -> object:
-        """Enqueue a batch of commands in order. Batches are numbered; a repeat is left alone."""
-        message = packing.unpack(request)
-        self._check_epoch(message["epoch"])
-        self._check_engine()
+    async def carry(self, comm: Any, epoch: int) -> None:
+        """Take a gateway's commands and send it their completions, until one of us leaves.
+
+        A handler of the worker, since an answer to every message would double their number. What
+        either side sends arrives once and in order, or the stream breaks and the host is lost.
+        """
         self._loop = asyncio.get_running_loop()
-        if message["number"] <= self._accepted:
-            return {}
-        self._accepted = message["number"]
-        for command in message["commands"]:
+        self._comm = comm
+        sending = asyncio.create_task(self._send_completions(comm))
+        try:
+            self._check_epoch(epoch)
+            await comm.write(packing.pack({}))
+            while True:
+                await self._receive(packing.unpack(await comm.read()))
+        except HostLost as error:
+            await comm.write(packing.pack(Failure.of(error)))
+        finally:
+            sending.cancel()
+            comm.abort()
+
+    async def _receive(self, commands: Iterable[Command]) -> None:
+        self._check_engine()
+        for command in commands:
             try:
                 await self._accept(command)
             except Exception as error:  # noqa: BLE001 - becomes this command's answer
                 self._complete(command.id, error)
-        return {}
 
-    @answered
-    async def poll(self, request: bytes) -> object:
-        """Wait for completions after the cursor; what lies before it may be forgotten."""
-        message = packing.unpack(request)
-        self._check_epoch(message["epoch"])
-        self._check_engine()
-        poll: Poll = message["poll"]
-        with self._lock:
-            self._completions = [(at, c) for at, c in self._completions if at > poll.cursor]
-        if not self._completions:
+    async def _send_completions(self, comm: Any) -> None:
+        while True:
+            await self._arrived.wait()
             self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), poll.wait_s)
-            except TimeoutError:
-                self._check_engine()
-        with self._lock:
-            items = list(self._completions)
-        cursor = items[-1][0] if items else poll.cursor
-        return Completions(cursor=cursor, items=tuple(c for _, c in items))
+            with self._lock:
+                completions, self._completions = self._completions, []
+            if completions:
+                try:
+                    await comm.write(packing.pack(completions))
+                except OSError:
+                    return  # the reader meets it too; the gateway has all of this done again
 
     @answered
     async def close(self, request: bytes) -> object:
-        """Stop the engine thread."""
+        """Stop the engine thread, and remove what it has written to the worker's folder."""
         await asyncio.to_thread(self._engine.stop)
         return {}
 
@@ -264,7 +277,7 @@ class Host:
             self._complete(command.id, FolderSaved(num_bytes=size))
 
     def _complete(self, command_id: str, outcome: object) -> None:
-        """Store a command's answer and wake the poll. Any thread."""
+        """Have a command's answer sent. Any thread."""
         from twinkle_dask.cluster.engine_thread import as_error
 
         error = as_error(outcome)
@@ -275,7 +288,6 @@ class Host:
             completion = Completion(id=command_id, result=result)
         self._samples.discard(command_id)
         with self._lock:
-            self._cursor += 1
-            self._completions.append((self._cursor, completion))
+            self._completions.append(completion)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._arrived.set)

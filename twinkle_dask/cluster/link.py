@@ -1,30 +1,39 @@
 """One host as the gateway sees it: commands out in order, completions in, and when it is lost.
 
-Commands are coalesced: while one ``submit`` is on its way the next ones gather, and go together.
-Completions come through one long poll with a cursor. So a host costs the gateway two connections,
-however many requests are in flight. A raw ``actor_execute`` is used in place of Dask's actor
-proxy, whose futures never resolve on some failures.
+Both go through one stream: a connection of Dask's own kind to a handler that the host has added to
+its worker, so one message a way, and what gathers while one is written goes with the next. Seldom
+calls (attach, health) are raw ``actor_execute`` in place of Dask's actor proxy, whose futures never
+resolve on some failures.
 """
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import structlog
 from distributed import Client
+from distributed.comm import core
 from distributed.protocol.serialize import to_serialize
 
 from twinkle_dask import packing
-from twinkle_dask.cluster.commands import Command, Completion, Completions, Failure, Poll, Role
+from twinkle_dask.cluster.commands import (
+    STREAM,
+    Command,
+    Completion,
+    Failure,
+    Health,
+    Role,
+)
 from twinkle_dask.errors import HostLost
 from twinkle_dask.types import ModelFacts
 
 log = structlog.stdlib.get_logger(__name__)
 
+_comm = cast(Any, core)  # distributed has no types
+
 _CALL_TIMEOUT_S = 30.0
-_POLL_WAIT_S = 20.0
 _HEALTH_INTERVAL_S = 2.0
 _HEALTH_TIMEOUT_S = 3.0
 _HEALTH_MISSES = 3
@@ -38,6 +47,7 @@ class HostLink:
         name: For logs, unique over time.
         facts: Of the base model it carries.
         load: Runs placed here; kept by the operations.
+        health: What the host said of itself last.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class HostLink:
         self.role = role
         self.facts = facts
         self.load = 0
+        self.health = Health()
         self.lost = asyncio.Event()
         self._client = client
         self._epoch = epoch
@@ -66,6 +77,7 @@ class HostLink:
         self._outbox_filled = asyncio.Event()
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._comm: Any = None
         self._on_lost: Callable[[HostLink], None] = lambda _: None
 
     @property
@@ -73,10 +85,15 @@ class HostLink:
         """Commands that have not been answered."""
         return len(self._waiting)
 
-    def start(self, on_lost: "Callable[[HostLink], None]") -> None:
-        """Begin to carry commands; ``on_lost`` is called once if the host goes away."""
+    async def start(self, on_lost: "Callable[[HostLink], None]") -> None:
+        """Connect and begin to carry commands; ``on_lost`` is called once if the host goes away.
+
+        Raises:
+            HostLost: It cannot be reached; ``on_lost`` is not called.
+        """
         self._on_lost = on_lost
-        jobs = (self._submit_forever(), self._poll_forever(), self._probe_forever())
+        comm = self._comm = await open_stream(self._client, self.address, self._epoch)
+        jobs = (self._write_forever(comm), self._read_forever(comm), self._probe_forever())
         self._tasks = [asyncio.create_task(self._guard(job)) for job in jobs]
 
     def send(self, command: Command) -> "asyncio.Future[bytes]":
@@ -129,6 +146,8 @@ class HostLink:
         for task in self._tasks:
             if task is not current:
                 task.cancel()
+        if self._comm is not None:
+            self._comm.abort()
         if tell:
             log.warning("host_lost", host=self.name, why=why, in_flight=len(waiting))
             self._on_lost(self)
@@ -144,8 +163,7 @@ class HostLink:
             log.exception("link_failed", host=self.name)
             self.lose(repr(error))
 
-    async def _submit_forever(self) -> None:
-        number = 0
+    async def _write_forever(self, comm: Any) -> None:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
@@ -156,17 +174,15 @@ class HostLink:
                     command = self._outbox.popleft()
                     batch.append(command)
                     size += len(command.body)
-                number += 1
-                message = {"epoch": self._epoch, "number": number, "commands": batch}
-                await self._insist("submit", message)
+                with _host_lost():
+                    await comm.write(packing.pack(batch))
 
-    async def _poll_forever(self) -> None:
-        cursor = 0
+    async def _read_forever(self, comm: Any) -> None:
         while True:
-            request = {"epoch": self._epoch, "poll": Poll(cursor=cursor, wait_s=_POLL_WAIT_S)}
-            answer = cast(Completions, await self._insist("poll", request))
-            cursor = answer.cursor
-            for completion in answer.items:
+            with _host_lost():
+                message = await comm.read()
+            completions: tuple[Completion, ...] = open_answer(message)
+            for completion in completions:
                 self._settle(completion)
 
     def _settle(self, completion: Completion) -> None:
@@ -184,17 +200,37 @@ class HostLink:
         while misses < _HEALTH_MISSES:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
             try:
-                await self.call("health", {}, _HEALTH_TIMEOUT_S)
+                self.health = cast(Health, await self.call("health", {}, _HEALTH_TIMEOUT_S))
                 misses = 0
             except TimeoutError:
                 misses += 1
         raise HostLost("it does not answer")
 
-    async def _insist(self, method: str, request: object) -> Any:
-        """Call again after a time-out: the host knows which batch it has seen last."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return await self.call(method, request)
+
+async def open_stream(client: Client, address: str, epoch: int) -> Any:
+    """A connection of our own to a worker's host: commands one way, completions the other.
+
+    Raises:
+        HostLost: The worker cannot be reached or has no host for this epoch.
+    """
+    pool: Any = client.rpc
+    with _host_lost():
+        comm: Any = await _comm.connect(address, **pool.connection_args)
+        await comm.write({"op": STREAM, "epoch": epoch, "reply": False})
+        try:
+            open_answer(await asyncio.wait_for(comm.read(), _CALL_TIMEOUT_S))
+        except BaseException:
+            comm.abort()
+            raise
+    return comm
+
+
+@contextlib.contextmanager
+def _host_lost() -> Generator[None]:
+    try:
+        yield
+    except OSError as error:  # time-outs and Dask's closed connections are among them
+        raise HostLost(f"its worker is gone ({error!r})") from None
 
 
 async def call_actor(

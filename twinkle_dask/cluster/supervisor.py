@@ -198,6 +198,9 @@ class Supervisor:
                 threads=engine.threads,
                 tokens_per_micro_batch=engine.tokens_per_micro_batch,
                 kv_cache_bytes=engine.kv_cache_bytes,
+                adapter_bytes=engine.adapter_bytes,
+                adapter_host_bytes=engine.adapter_host_bytes,
+                deterministic=engine.deterministic,
             )
         )
 
@@ -278,8 +281,8 @@ class Supervisor:
             epoch=self._epoch,
         )
         self._facts[slot.source] = facts
+        await link.start(lambda lost: self._on_lost(slot, lost))
         self._links[slot] = link
-        link.start(lambda lost: self._on_lost(slot, lost))
         log.info("host_ready", host=link.name, worker=worker.name, role=slot.role)
         async with self._changed:
             self._changed.notify_all()

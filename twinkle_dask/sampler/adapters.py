@@ -115,8 +115,7 @@ class AdapterStore:
         rank = state.spec.rank
         expected: dict[str, tuple[int, int]] = {}
         for target in self._base.targets(state.spec):
-            expected[f"{target.module_path}.lora_A.weight"] = (rank, target.in_features)
-            expected[f"{target.module_path}.lora_B.weight"] = (target.out_features, rank)
+            expected |= target.shapes(rank)
         found = {name: array.shape for name, array in state.weights.items()}
         if found != expected:
             wrong = sorted(

@@ -9,25 +9,34 @@ from twinkle_dask.trainer.layout import Layout
 
 
 class Gradient:
-    """The float32 sum over the passes of a work.
-
-    Attributes:
-        flat: In the adapter's layout.
-    """
+    """The float32 sum over the passes of a work."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.flat = layout.zeros(device)
         self._layout = layout
+        self._device = device
+        self._sum: Tensor | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        """The sum so far, in the adapter's layout."""
+        if self._sum is None:
+            self._sum = self._layout.zeros(self._device)
+        return self._sum
 
     def of_pass(self, dtype: torch.dtype) -> "PassGradient":
         """Zeros for one pass to fill in; nothing is added here until ``add``."""
-        return PassGradient(self._layout, dtype, self.flat.device)
+        return PassGradient(self._layout, dtype, self._device)
 
     def add(self, part: "PassGradient") -> None:
         """Add what a pass found."""
         body = self._layout.body_size
-        self.flat[:body] += part.body
-        self.flat[body:] += part.head
+        if self._sum is None:  # most often the only pass: a copy costs half of zeros and a sum
+            self._sum = torch.empty(self._layout.size, device=self._device)
+            self._sum[:body] = part.body
+            self._sum[body:] = part.head
+        else:
+            self._sum[:body] += part.body
+            self._sum[body:] += part.head
 
 
 class PassGradient:

@@ -21,8 +21,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, replace
-from enum import Enum, auto
+from dataclasses import replace
 from typing import Any
 
 from twinkle_dask.errors import HostLost, InvalidRequest, NotFound
@@ -30,6 +29,7 @@ from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.init import init_adapter
 from twinkle_dask.trainer.layout import Layouts
 from twinkle_dask.trainer.paging import Paged, Pager, PagingConfig
+from twinkle_dask.trainer.places import Place, Slot, WaitingLine
 from twinkle_dask.trainer.queues import RunQueues
 from twinkle_dask.trainer.run import Buffers, Run
 from twinkle_dask.trainer.work import CreateRun, LoadState, Work
@@ -39,40 +39,6 @@ logger = logging.getLogger(__name__)
 
 _TURN_WORKS = 8
 _RETRY_S = 5.0
-
-
-class Place(Enum):
-    """Where a run is; see the module's picture."""
-
-    ACTIVE = auto()
-    RESTING = auto()
-    LEAVING = auto()
-    OUT = auto()
-    ENTERING = auto()
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A run, or the place that is kept for one to be made.
-
-    Attributes:
-        exists: False until the work that makes the run has been done.
-        counted: Bytes on the device that count as its own.
-        ended: Works that ended since it was admitted.
-        made: The run that ``CreateRun`` will put here, made elsewhere.
-    """
-
-    spec: LoraSpec
-    tenant: TenantId
-    place: Place
-    full_bytes: int
-    exists: bool = True
-    counted: int = 0
-    run: Run | None = None
-    paged: Paged | None = None
-    made: "Future[Run] | None" = None
-    ended: int = 0
-    turn_is_over: bool = False
 
 
 class Residency:
@@ -90,15 +56,14 @@ class Residency:
         self._layouts = Layouts(base)
         self._limit = None if config is None else config.device_bytes
         self._pager = None if config is None else Pager(config, base.device)
-        self._slots: dict[RunId, _Slot] = {}
+        self._slots: dict[RunId, Slot] = {}
         self._idle: OrderedDict[RunId, None] = OrderedDict()  # resting; used longest ago first
         self._active: OrderedDict[RunId, None] = OrderedDict()
         self._yielding: set[RunId] = set()
-        self._wanted: dict[TenantId, OrderedDict[RunId, None]] = {}
-        self._waiting: OrderedDict[RunId, TenantId] = OrderedDict()
+        self._waiting = WaitingLine()
         self._to_read: dict[RunId, LoadState] = {}
         self._lost: set[RunId] = set()
-        self._moved: deque[tuple[RunId, _Slot, Future[Any]]] = deque()
+        self._moved: deque[tuple[RunId, Slot, Future[Any]]] = deque()
         self._counted = 0
         self._leaving_bytes = 0
         self._active_bytes: Counter[TenantId] = Counter()
@@ -173,7 +138,7 @@ class Residency:
         if (slot := self._slots.get(name)) is not None:
             slot.ended += 1
             slot.turn_is_over |= stepped or slot.ended >= _TURN_WORKS
-            self._due = self._due or (slot.turn_is_over and bool(self._waiting))
+            self._due = self._due or (slot.turn_is_over and len(self._waiting) > 0)
         self._look(name)
 
     @property
@@ -207,7 +172,9 @@ class Residency:
         for name in tuple(self._yielding):
             self._yield(name)
         if self._no_room is None:
-            while (name := self._next()) is not None and self._admit(name):
+            while (name := self._waiting.first(self._active_bytes)) is not None and (
+                self._admit(name)
+            ):
                 pass
         else:
             self._admit_what_fits()
@@ -215,7 +182,7 @@ class Residency:
 
     def waiting(self) -> tuple[RunId, ...]:
         """Runs that have work and wait for a place. Any thread."""
-        return tuple(self._waiting)  # copied in one go, as far as other threads can see
+        return self._waiting.names()
 
     @property
     def reason(self) -> str:
@@ -245,7 +212,7 @@ class Residency:
         elif front is None and slot.place is Place.ACTIVE:
             self._rest(name, slot)
         elif front is None:
-            self._unwant(name)
+            self._waiting.remove(name)
             if slot.place is Place.RESTING:
                 self._idle[name] = None
         elif slot.place is Place.RESTING and self._limit is None:
@@ -279,7 +246,7 @@ class Residency:
             self._queues.hold(name)
             self._want(name, front.tenant)
         else:
-            self._unwant(name)
+            self._waiting.remove(name)
             self._queues.release(name)
 
     def _can_be(self, spec: LoraSpec) -> bool:
@@ -319,8 +286,8 @@ class Residency:
         slot.spec, slot.run, slot.exists = run.spec, run, True
         self._lost.discard(name)
 
-    def _new_slot(self, name: RunId, spec: LoraSpec, tenant: TenantId) -> _Slot:
-        slot = _Slot(
+    def _new_slot(self, name: RunId, spec: LoraSpec, tenant: TenantId) -> Slot:
+        slot = Slot(
             spec=spec,
             tenant=tenant,
             place=Place.OUT,
@@ -330,7 +297,7 @@ class Residency:
         self._slots[name] = slot
         return slot
 
-    def _count(self, name: RunId, slot: _Slot, num_bytes: int, place: Place) -> None:
+    def _count(self, name: RunId, slot: Slot, num_bytes: int, place: Place) -> None:
         """Move a slot to a place where it counts so many bytes."""
         busy = (Place.ACTIVE, Place.ENTERING)
         if slot.place in busy:
@@ -349,11 +316,11 @@ class Residency:
             self._active.pop(name, None)
         self._counted += num_bytes - slot.counted
         slot.place, slot.counted = place, num_bytes
-        self._due = self._due or bool(self._waiting)
+        self._due = self._due or len(self._waiting) > 0
 
     def _forget(self, name: RunId) -> None:
         slot = self._slots.pop(name, None)
-        self._unwant(name)
+        self._waiting.remove(name)
         self._to_read.pop(name, None)
         self._idle.pop(name, None)
         self._yielding.discard(name)
@@ -364,7 +331,7 @@ class Residency:
                 self._pager.discard(slot.paged)
                 slot.paged = None
 
-    def _rest(self, name: RunId, slot: _Slot) -> None:
+    def _rest(self, name: RunId, slot: Slot) -> None:
         self._yielding.discard(name)
         if not slot.exists:  # it was not made after all
             self._forget(name)
@@ -379,23 +346,8 @@ class Residency:
 
     def _want(self, name: RunId, tenant: TenantId) -> None:
         if name not in self._waiting:
-            self._waiting[name] = tenant
-            self._wanted.setdefault(tenant, OrderedDict())[name] = None
+            self._waiting.add(name, tenant)
             self._due = True
-
-    def _unwant(self, name: RunId) -> None:
-        tenant = self._waiting.pop(name, None)
-        if tenant is not None:
-            del self._wanted[tenant][name]
-            if not self._wanted[tenant]:
-                del self._wanted[tenant]
-
-    def _next(self) -> RunId | None:
-        if not self._waiting:
-            return None
-        # The order of ``_wanted`` is that of tenants' first waits, so ties go to who came first.
-        tenant = min(self._wanted, key=lambda tenant: self._active_bytes[tenant])
-        return next(iter(self._wanted[tenant]))
 
     def _admit(self, name: RunId) -> bool:
         """Give a waiting run its place, or see to it that there will be one."""
@@ -408,7 +360,7 @@ class Residency:
 
     def _admit_what_fits(self) -> None:
         """While nobody can leave, everybody who is here should get on."""
-        for name in tuple(self._waiting):
+        for name in self._waiting.names():
             slot = self._slots.get(name)
             here = slot is not None and slot.place is Place.RESTING
             # Without the second, idle runs might fill the memory and none could ever work again;
@@ -440,8 +392,8 @@ class Residency:
         spec = self._spec(name)
         front = self._queues.front(name)
         slot = self._slots.get(name)
-        tenant = self._waiting[name]
-        self._unwant(name)
+        tenant = self._waiting.tenant(name)
+        self._waiting.remove(name)
         if slot is None:
             slot = self._new_slot(name, spec, tenant)
         slot.ended, slot.turn_is_over = 0, False
@@ -460,7 +412,7 @@ class Residency:
         else:
             self._activate(name, slot)
 
-    def _activate(self, name: RunId, slot: _Slot) -> None:
+    def _activate(self, name: RunId, slot: Slot) -> None:
         self._count(name, slot, slot.full_bytes, Place.ACTIVE)
         self._queues.release(name)
         self._look(name)  # its work may have been cancelled meanwhile
@@ -472,7 +424,7 @@ class Residency:
             missing -= self._evict(next(iter(self._idle)))
         if missing > 0:
             # The newest first: they have longest to wait.
-            for other in reversed(tuple(self._waiting)):
+            for other in reversed(self._waiting.names()):
                 slot = self._slots.get(other)
                 if missing > 0 and slot is not None and slot.place is Place.RESTING:
                     missing -= self._evict(other) if other != name else 0
@@ -497,14 +449,14 @@ class Residency:
         """Begin to move a resting run out; returns the bytes that will be free then."""
         slot = self._slots[name]
         self._idle.pop(name, None)
-        self._unwant(name)  # until it is out
+        self._waiting.remove(name)  # until it is out
         assert slot.run is not None
         assert self._pager is not None
         self._count(name, slot, slot.counted, Place.LEAVING)
         self._watch(name, slot, self._pager.page_out(slot.run.buffers))
         return slot.counted
 
-    def _watch(self, name: RunId, slot: _Slot, future: "Future[Any]") -> None:
+    def _watch(self, name: RunId, slot: Slot, future: "Future[Any]") -> None:
         def moved(done: "Future[Any]") -> None:
             self._moved.append((name, slot, done))
             self.on_moved()
@@ -518,7 +470,7 @@ class Residency:
             if isinstance(result, Paged):
                 self._pager.discard(result)
 
-    def _take_up(self, name: RunId, slot: _Slot, future: "Future[Any]") -> bool:
+    def _take_up(self, name: RunId, slot: Slot, future: "Future[Any]") -> bool:
         """A move has ended. False if the run is lost by it."""
         error = CancelledError() if future.cancelled() else future.exception()
         result: Buffers | Paged | Run | None = None if error is not None else future.result()
@@ -537,7 +489,7 @@ class Residency:
             return False
         return True
 
-    def _left(self, name: RunId, slot: _Slot, result: object, error: BaseException | None) -> None:
+    def _left(self, name: RunId, slot: Slot, result: object, error: BaseException | None) -> None:
         if isinstance(result, Paged):
             slot.paged, slot.run = result, None
             self._count(name, slot, 0, Place.OUT)
