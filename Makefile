@@ -54,11 +54,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One after the other: they measure.
+# One after the other: they measure. The last one has a command line of its own, and is skipped without a GPU.
 bench: $(INSTALLED)
-	@set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/_% benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS); \
 	done
+	@echo "== benchmarks/gpu_train.py"; $(BIN)/python benchmarks/gpu_train.py $(filter --quick,$(ARGS))
 
 PROTOS := $(wildcard gateway/twinkle_dask_gateway/*/*.proto)
 proto: $(INSTALLED)

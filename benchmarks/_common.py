@@ -85,9 +85,8 @@ class Options:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
 
-@contextmanager
-def options(description: str | None) -> Generator[Options]:
-    """Read the command line; the tiny model exists while the block lasts."""
+def common_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line that all share; a script may add to it, and hand it to ``prepared``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--model",
@@ -105,13 +104,24 @@ def options(description: str | None) -> Generator[Options]:
         "--threads", type=int, help="for arithmetic; by default what the service would choose"
     )
     parser.add_argument("--quick", action="store_true", help="only see that it works")
-    given = parser.parse_args()
+    return parser
+
+
+@contextmanager
+def options(description: str | None) -> Generator[Options]:
+    """Read the command line; the tiny model exists while the block lasts."""
+    with prepared(common_parser(description).parse_args()) as asked:
+        yield asked
+
+
+@contextmanager
+def prepared(given: argparse.Namespace) -> Generator[Options]:
+    """As ``options``, from a command line that was read already."""
     # A tiny model's kernels are over before a second thread has joined in: cluster/engines.py.
     threads = given.threads or (1 if given.model == TINY else len(os.sched_getaffinity(0)))
     torch.set_num_threads(threads)
     cast(Any, transformers.utils.logging).disable_progress_bar()
-    if _LOAD_AT_START > 0.5:
-        print(f"Something else is running: load {_LOAD_AT_START:.1f}.", file=sys.stderr)
+    warn_of_load()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         source = _source(given.model, Path(folder))
         yield Options(
@@ -121,6 +131,12 @@ def options(description: str | None) -> Generator[Options]:
             threads=threads,
             quick=given.quick,
         )
+
+
+def warn_of_load() -> None:
+    """Say so if this is not a quiet machine."""
+    if _LOAD_AT_START > 0.5:
+        print(f"Something else is running: load {_LOAD_AT_START:.1f}.", file=sys.stderr)
 
 
 def smollm2_file() -> Path | None:
@@ -214,6 +230,7 @@ def machine() -> dict[str, object]:
         "matrix_instructions": sorted(
             name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if _cpu_can(name)
         ),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

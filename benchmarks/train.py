@@ -15,7 +15,7 @@ from typing import Any
 import tinker
 from tinker import types
 
-from benchmarks._common import ROWS, Options, median, new_run, options, report, service
+from benchmarks._common import RANK, ROWS, Options, median, new_run, options, report, service
 from benchmarks._plain import PeftLoop
 from tests.blackbox.data import datum, random_tokens
 
@@ -51,7 +51,7 @@ def measure(
         [random_tokens(length + 1, seed=tenant * ROWS + row) for row in range(ROWS)]
         for tenant in range(len(runs))
     ]
-    loop = PeftLoop(asked, num_adapters=len(runs))
+    loop = PeftLoop(asked, ranks=[RANK] * len(runs))
     service_window(runs, pool, rows, window_s / 4)
     peft_window(loop, rows, window_s / 4)
     ours: list[float] = []
