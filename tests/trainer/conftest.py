@@ -38,13 +38,30 @@ def base(folder: Path) -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-def make(base: BaseModel) -> MakeDriver:
-    """A trainer with small micro-batches and chunks, so that every seam is crossed."""
+def made() -> list[Driver]:
+    """What ``make`` made for the tests that are running."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left(made: list[Driver]) -> Iterator[None]:
+    yield
+    while made:
+        made.pop().trainer.close()
+
+
+@pytest.fixture(scope="session")
+def make(base: BaseModel, made: list[Driver]) -> MakeDriver:
+    """A trainer with small micro-batches and chunks, so that every seam is crossed.
+
+    It is closed with the test that made it.
+    """
 
     def make_driver(tokens_per_micro_batch: int = 64, **config: Any) -> Driver:
         small = {"pass_tokens": 8, "head_chunk_bytes": 512 * 4 * 24, "head_block_bytes": 20_000}
-        wanted: dict[str, Any] = {"lanes": 1} | small | config
+        wanted: dict[str, Any] = {"lanes": 1, "lane_tokens": 1} | small | config
         settings = TrainerConfig(tokens_per_micro_batch=tokens_per_micro_batch, **wanted)
-        return Driver(Trainer(base, settings))
+        made.append(Driver(Trainer(base, settings)))
+        return made[-1]
 
     return make_driver

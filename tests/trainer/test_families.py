@@ -6,6 +6,8 @@ with these adapters; 2e-4 leaves room for both. Stronger adapters make both nois
 scale 32 on GLM-4, ours are off by 2e-4 and the reference's by 2e-4.
 """
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +53,9 @@ def base(family: Path) -> BaseModel:
 
 
 @pytest.fixture
-def driver(base: BaseModel) -> Driver:
-    return Driver(Trainer(base, TrainerConfig()))
+def driver(base: BaseModel) -> Iterator[Driver]:
+    with closing(Trainer(base, TrainerConfig())) as trainer:
+        yield Driver(trainer)
 
 
 def state_of(base: BaseModel, spec: LoraSpec) -> RunState:

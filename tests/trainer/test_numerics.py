@@ -270,7 +270,7 @@ def test_an_adapter_on_nothing(make: MakeDriver) -> None:
     assert driver.state("r").adapter.weights == {}
 
 
-def test_bfloat16_is_near_float32(make: MakeDriver, folder: Path) -> None:
+def test_bfloat16_is_near_float32(make: MakeDriver, made: list[Driver], folder: Path) -> None:
     """Products in bfloat16 (8 bits of mantissa, 0.4 %); masters and sums stay float32."""
     coarse = load_base(str(folder), "bfloat16", max_rank=16)
     body = batch(np.random.default_rng(4), (30, 7, 45))
@@ -280,7 +280,9 @@ def test_bfloat16_is_near_float32(make: MakeDriver, folder: Path) -> None:
     moved(first, "m", SPECS[0], np.random.default_rng(5))
     saved: Future[RunState] = Future()
     saved.set_result(first.state("m"))
-    for driver in (first, Driver(Trainer(coarse, TrainerConfig()))):
+    second = Driver(Trainer(coarse, TrainerConfig()))
+    made.append(second)
+    for driver in (first, second):
         driver.do("r", LoadState(state=saved, with_optimizer=True))
         results.append(driver.forward_backward("r", body))
         state = driver.state("r")

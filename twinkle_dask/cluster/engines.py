@@ -1,15 +1,15 @@
 """Builds the engines a host was asked for. The only module of this room that loads torch."""
 
-import ctypes
-import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 import torch
 
 from twinkle_dask.cluster.commands import HostConfig, Role
-from twinkle_dask.errors import StartupError
+from twinkle_dask.errors import CannotSample, StartupError
+from twinkle_dask.model.allocator import keep_freed_memory
 from twinkle_dask.model.loading import load_base
 from twinkle_dask.sampler.engine import TorchSampler, TorchSamplerConfig
 from twinkle_dask.sampler.interface import Sampler
@@ -26,10 +26,6 @@ log = structlog.stdlib.get_logger(__name__)
 # rows has a lane for each core all the same.
 _PARAMETERS_FOR_THREADS = 20_000_000
 
-_DASKS_TRIM_THRESHOLD = "65536"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-
-
 # Of what is free once the weights are loaded. The rest is for a pass's activations and the
 # sampler's keys and values (``trainer.budget``, ``sampler.startup``).
 _ADAPTERS_SHARE_OF_FREE = 0.2
@@ -40,6 +36,9 @@ def build_engines(
 ) -> tuple[Trainer | None, Sampler | None, ModelFacts]:
     """Load the base model and put the engines of the host's role over it.
 
+    A host of both roles goes without a sampler if the model can be trained and not sampled; its
+    facts tell why.
+
     Args:
         config: Of the host.
         folder: On a local disk; gets a folder for runs that there is no memory for. Losing it
@@ -48,13 +47,14 @@ def build_engines(
     Raises:
         StartupError: The base model cannot be loaded, or a setting is of no use here.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cores = torch.get_num_threads()
     base = load_base(config.source, config.dtype, config.max_rank)
     if config.threads is None and base.facts.num_parameters < _PARAMETERS_FOR_THREADS:
         torch.set_num_threads(1)
+    facts = base.facts
     trainer = sampler = None
     if config.role is not Role.SAMPLER:
         settings = TrainerConfig(
@@ -64,8 +64,18 @@ def build_engines(
         )
         trainer = Trainer(base, settings, _paging(config, base.device, folder))
     if config.role is not Role.TRAINER:
-        sampler = TorchSampler(base, TorchSamplerConfig(max_kv_bytes=config.kv_cache_bytes))
-    return trainer, sampler, base.facts
+        try:
+            sampler = TorchSampler(base, TorchSamplerConfig(max_kv_bytes=config.kv_cache_bytes))
+        except CannotSample as error:
+            if config.role is Role.SAMPLER:
+                raise
+            log.warning(
+                "This model is trained and not sampled here",
+                source=config.source,
+                why=error.message,
+            )
+            facts = replace(facts, why_not_sampled=error.message)
+    return trainer, sampler, facts
 
 
 def _paging(config: HostConfig, device: torch.device, folder: Path) -> PagingConfig:
@@ -84,17 +94,3 @@ def _paging(config: HostConfig, device: torch.device, folder: Path) -> PagingCon
         device_bytes=on_device,
         host_bytes=in_host,
     )
-
-
-def _keep_freed_memory() -> None:
-    """Undo what a Dask nanny of default settings does to the allocator.
-
-    It has freed memory given back at once, so that every tensor is faulted in anew: a step of
-    SmolLM2-135M (bfloat16, one core) takes 3.9 s, and 2.8 s without. The embedded cluster's
-    nannies leave it alone; these lines are for ``dask worker``.
-    """
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") == _DASKS_TRIM_THRESHOLD:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
-            mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)

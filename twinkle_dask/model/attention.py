@@ -138,11 +138,20 @@ def _attention(
         raise NotImplementedError("Attention with soft caps or sinks cannot be packed.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_THC, k_TKC, v_TKC = (x[0].transpose(0, 1) for x in (query, key, value))
-    if query.is_cuda and query.dtype in _HALF:
-        out_THC = _varlen(q_THC, k_TKC, v_TKC, rows, scale, sliding_window)
-    else:
-        out_THC = _apply(q_THC, k_TKC, v_TKC, rows, scale, sliding_window)
-    return out_THC[None], None
+    return attend(q_THC, k_TKC, v_TKC, rows, scale, sliding_window)[None], None
+
+
+def attend(
+    q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, rows: Rows, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention within each row; with a window, to the last so many positions only.
+
+    Returns:
+        (T, H, size of the values).
+    """
+    if q_THC.is_cuda and q_THC.dtype in _HALF:
+        return _varlen(q_THC, k_TKC, v_TKC, rows, scale, window)
+    return cast(Tensor, _apply(q_THC, k_TKC, v_TKC, rows, scale, window))
 
 
 _HALF = {torch.bfloat16, torch.float16}

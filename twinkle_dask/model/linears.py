@@ -2,10 +2,11 @@
 
 Every linear of the base model is wrapped once, when the model loads; the wrapper owns no adapter.
 Linears that read the same input (siblings: q, k and v, or gate and up) are computed together when
-something learns: x is kept once, their As are one matrix, and so is the gradient of x.
+something learns: x is kept once, their As are one matrix, and so is the gradient of x. Several
+small adapters stand side by side in one pair of matrices where that is cheaper.
 
 Shapes: B rows, L padded length, T positions (B times L), M positions of one segment, D in, E out,
-R rank, S the sum of the siblings' ranks.
+R rank, S a sum of ranks: over siblings, and over the adapters that stand side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,69 +17,195 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from twinkle_dask.model.lora import BatchPlan, PlanContext, add_adapters
+from twinkle_dask.model.lora import BatchPlan, PlanContext, Segment, add_adapters
+
+# Most columns of several adapters side by side. All positions are multiplied with all of them, so
+# more would cost more than the calls they save; 128 is the cost of one adapter of rank 128.
+_MOST_COLUMNS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Member:
-    """One of a piece's linears: its place among the siblings, its columns of S, its B."""
+    """One of a bundle's linears: its place among the siblings, its columns of S, its B."""
 
     index: int
     columns: slice
-    b_ER: Tensor
-    grad_b_ER: Tensor | None
+    b_SE: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """One segment's adapter on one group of siblings.
+class Learner:
+    """Where one segment's gradients go.
 
     Attributes:
         rows: Positions of the flattened input.
-        a_SD: The As of the siblings that it adapts, one below another.
-        grads_a: Buffers for parts of S, together all of it; empty if the segment does not learn.
+        local: The same, counted from the bundle's first.
+        columns: Its parts of S, one for each linear that it adapts; None if they are all of S.
+        grads_a: Buffers for parts of its columns, side by side; together all of them.
+        grads_b: For each linear its index, its columns of S, and a buffer.
     """
 
     rows: slice | Tensor
-    scale: float
+    local: slice
+    columns: Sequence[slice] | None
+    grads_a: Sequence[tuple[slice, Tensor]]
+    grads_b: Sequence[tuple[int, slice, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bundle:
+    """One segment's adapter on one group of siblings, or those of several side by side.
+
+    Attributes:
+        rows: Positions of the flattened input.
+        scale_MS: The adapter's scale; of several, each position's scale in the columns of the
+            adapter that it wears, and 0 in the others'.
+        a_SD: As one below another.
+    """
+
+    rows: slice | Tensor
+    scale_MS: float | Tensor
     a_SD: Tensor
     members: Sequence[Member]
-    grads_a: Sequence[tuple[slice, Tensor]]
+    learners: Sequence[Learner]
 
 
-def _pieces(paths: Sequence[str], plan: BatchPlan, num_rows: int, length: int) -> list[Piece]:
-    pieces: list[Piece] = []
+@dataclass(frozen=True, slots=True, eq=False)
+class _Worn:
+    """One segment on one group: ``pairs`` are index, path, A and B of each linear it adapts."""
+
+    segment: Segment
+    rows: slice | Tensor
+    pairs: Sequence[tuple[int, str, Tensor, Tensor]]
+
+    @property
+    def indices(self) -> list[int]:
+        return [index for index, _, _, _ in self.pairs]
+
+    @property
+    def width(self) -> int:
+        return len(self.pairs[0][2])
+
+    def follows(self, other: "_Worn") -> bool:
+        """Whether its positions come right after another's, and it adapts the same linears."""
+        return (
+            isinstance(self.rows, slice)
+            and isinstance(other.rows, slice)
+            and self.rows.start == other.rows.stop
+            and self.indices == other.indices
+        )
+
+    @property
+    def may_share(self) -> bool:
+        """Whether its columns may stand beside others'.
+
+        In float32 no two adapters share a product: sums would be cut in other places than alone.
+        Infinite or NaN weights would reach the others' positions as 0 times infinity.
+        """
+        return self.pairs[0][2].dtype != torch.float32 and self.segment.adapter.finite
+
+
+def _bundles(paths: Sequence[str], plan: BatchPlan, num_rows: int, length: int) -> list[Bundle]:
+    groups: list[list[_Worn]] = []
     for segment in plan.segments:
         found = [(i, path, segment.adapter.pair(path)) for i, path in enumerate(paths)]
-        worn = [(i, path, *pair) for i, path, pair in found if pair is not None]
-        if not worn:
+        pairs = [(i, path, *pair) for i, path, pair in found if pair is not None]
+        if not pairs:
             continue
         rows = segment.rows
         if not plan.over_positions:
             rows = _positions(rows, num_rows, length)
-        grads = segment.grads
-        members: list[Member] = []
-        start = 0
-        for i, path, a_RD, b_ER in worn:
-            columns = slice(start, start := start + len(a_RD))
-            grad = None if grads is None else grads[f"{path}.lora_B.weight"]
-            members.append(Member(i, columns, b_ER, grad))
-        grads_a: list[tuple[slice, Tensor]] = []
-        if grads is not None:
-            parts = [grads[f"{path}.lora_A.weight"] for _, path, _, _ in worn]
-            whole = _joined(parts)
-            columns_of = [member.columns for member in members]
-            grads_a = (
-                list(zip(columns_of, parts, strict=True))
-                if whole is None
-                else [(slice(0, start), whole)]
-            )
-        stack = [a_RD for _, _, a_RD, _ in worn]
-        a_SD = _joined(stack)
-        if a_SD is None:
-            a_SD = torch.cat(stack)
-        pieces.append(Piece(rows, segment.adapter.scale, a_SD, members, grads_a))
-    return pieces
+        worn = _Worn(segment, rows, pairs)
+        if (
+            groups
+            and worn.follows(groups[-1][-1])
+            and sum(other.width for other in groups[-1]) + worn.width <= _MOST_COLUMNS
+            and worn.may_share
+            and groups[-1][-1].may_share
+        ):
+            groups[-1].append(worn)
+        else:
+            groups.append([worn])
+    return [_alone(group[0]) if len(group) == 1 else _together(group, plan) for group in groups]
+
+
+def _alone(worn: _Worn) -> Bundle:
+    members: list[Member] = []
+    start = 0
+    for index, _, a_RD, b_ER in worn.pairs:
+        members.append(Member(index, slice(start, start := start + len(a_RD)), b_ER.T))
+    stack = [a_RD for _, _, a_RD, _ in worn.pairs]
+    a_SD = _joined(stack)
+    if a_SD is None:
+        a_SD = torch.cat(stack)
+    learners = _learner(worn, slice(None), [member.columns for member in members], whole=True)
+    return Bundle(worn.rows, worn.segment.adapter.scale, a_SD, members, learners)
+
+
+def _together(group: Sequence[_Worn], plan: BatchPlan) -> Bundle:
+    """Linear by linear, and for each linear adapter by adapter."""
+    columns_of: list[list[slice]] = [[] for _ in group]
+    members: list[Member] = []
+    start = 0
+    for i, index in enumerate(group[0].indices):
+        begin = start
+        for worn, columns in zip(group, columns_of, strict=True):
+            columns.append(slice(start, start := start + worn.width))
+        b_SE = torch.cat([worn.pairs[i][3].T for worn in group])
+        members.append(Member(index, slice(begin, start), b_SE))
+    a_SD = torch.cat([worn.pairs[i][2] for i in range(len(members)) for worn in group])
+    spans = [cast(slice, worn.rows) for worn in group]
+    first = spans[0].start
+    local = [slice(span.start - first, span.stop - first) for span in spans]
+    scales = [worn.segment.adapter.scale for worn in group]
+    learners = [
+        learner
+        for worn, here, columns in zip(group, local, columns_of, strict=True)
+        for learner in _learner(worn, here, columns, whole=False)
+    ]
+    rows = slice(first, spans[-1].stop)
+    scale_MS = plan.remember(
+        (
+            len(members),
+            *((span.start, span.stop, worn.width) for span, worn in zip(spans, group, strict=True)),
+        ),
+        lambda: _scales(a_SD, local, columns_of, scales),
+    )
+    return Bundle(rows, scale_MS, a_SD, members, learners)
+
+
+def _scales(
+    a_SD: Tensor,
+    local: Sequence[slice],
+    columns_of: Sequence[Sequence[slice]],
+    scales: Sequence[float],
+) -> Tensor:
+    scale_MS = a_SD.new_zeros(local[-1].stop, len(a_SD))
+    for rows, columns, scale in zip(local, columns_of, scales, strict=True):
+        for part in columns:
+            scale_MS[rows, part] = scale
+    return scale_MS
+
+
+def _learner(
+    worn: _Worn, local: slice, columns: Sequence[slice], *, whole: bool
+) -> Sequence[Learner]:
+    grads = worn.segment.grads
+    if grads is None:
+        return ()
+    parts = [grads[f"{path}.lora_A.weight"] for _, path, _, _ in worn.pairs]
+    joined = _joined(parts)
+    width = worn.width
+    grads_a = (
+        [(slice(i * width, (i + 1) * width), part) for i, part in enumerate(parts)]
+        if joined is None
+        else [(slice(0, len(joined)), joined)]
+    )
+    grads_b = [
+        (index, part, grads[f"{path}.lora_B.weight"])
+        for (index, path, _, _), part in zip(worn.pairs, columns, strict=True)
+    ]
+    return (Learner(worn.rows, local, None if whole else columns, grads_a, grads_b),)
 
 
 def _positions(rows: slice | Tensor, num_rows: int, length: int) -> slice | Tensor:
@@ -126,22 +253,22 @@ class _AdaptedLinears(torch.autograd.Function):
         x_TD: Tensor,
         anchor: Tensor | None,  # only there so that autograd records this node
         siblings: "Siblings",
-        pieces: list[Piece],
+        bundles: list[Bundle],
     ) -> tuple[Tensor, ...]:
         ys = tuple(
             functional.linear(x_TD, linear.weight, linear.bias).contiguous()
             for linear in siblings.linears
         )
         projections: list[Tensor] = []
-        for piece in pieces:
-            h_MS = (x_TD[piece.rows] @ piece.a_SD.T).mul_(piece.scale)
-            for member in piece.members:
-                _add_rows(ys[member.index], piece.rows, h_MS[:, member.columns], member.b_ER.T)
-            if piece.grads_a:
+        for bundle in bundles:
+            h_MS = (x_TD[bundle.rows] @ bundle.a_SD.T).mul_(bundle.scale_MS)
+            for member in bundle.members:
+                _add_rows(ys[member.index], bundle.rows, h_MS[:, member.columns], member.b_SE)
+            if bundle.learners:
                 projections.append(h_MS)
         ctx.save_for_backward(x_TD if projections else None, *projections)
         ctx.siblings = siblings
-        ctx.pieces = pieces
+        ctx.bundles = bundles
         return ys
 
     @staticmethod
@@ -161,38 +288,54 @@ class _AdaptedLinears(torch.autograd.Function):
                 else:
                     grad_TD.addmm_(grad_TE, linear.weight)
         of_learning = iter(projections)
-        for piece in ctx.pieces:
-            h_MS = next(of_learning) if piece.grads_a else None
-            _piece_backward(piece, x_TD, h_MS, grads, grad_TD)
+        for bundle in ctx.bundles:
+            h_MS = next(of_learning) if bundle.learners else None
+            _bundle_backward(bundle, x_TD, h_MS, grads, grad_TD)
         return grad_TD, None, None, None
 
 
-def _piece_backward(
-    piece: Piece,
-    x_TD: Tensor,
+def _bundle_backward(
+    bundle: Bundle,
+    x_TD: Tensor | None,
     h_MS: Tensor | None,
     grads: Sequence[Tensor | None],
     grad_TD: Tensor | None,
 ) -> None:
-    """Add one piece's part to the gradient of x and, if it learns, to its own gradients."""
+    """Add a bundle's part to the gradient of x, and its learners' to their own."""
     parts: list[Tensor] = []
-    for member in piece.members:
+    for member in bundle.members:
         grad_TE = grads[member.index]
         if grad_TE is None:  # nothing was computed from this sibling
-            rows = len(x_TD[piece.rows])
-            parts.append(x_TD.new_zeros(rows, member.b_ER.shape[1]))
-            continue
-        grad_ME = grad_TE[piece.rows]
-        parts.append(grad_ME @ member.b_ER)
-        if h_MS is not None and member.grad_b_ER is not None:
-            _accumulate(member.grad_b_ER, grad_ME.T, h_MS[:, member.columns])
-    grad_MS = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mul_(piece.scale)
+            some = next(grad for grad in grads if grad is not None)
+            parts.append(some.new_zeros(len(some[bundle.rows]), len(member.b_SE)))
+        else:
+            parts.append(grad_TE[bundle.rows] @ member.b_SE.T)
+    grad_MS = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mul_(bundle.scale_MS)
     if grad_TD is not None:
-        _add_rows(grad_TD, piece.rows, grad_MS, piece.a_SD)
-    if piece.grads_a:
-        x_MD = x_TD[piece.rows]
-        for columns, buffer in piece.grads_a:
-            _accumulate(buffer, grad_MS[:, columns].T, x_MD)
+        _add_rows(grad_TD, bundle.rows, grad_MS, bundle.a_SD)
+    for learner in bundle.learners:
+        if x_TD is not None and h_MS is not None:
+            _learn(learner, x_TD, h_MS[learner.local], grad_MS[learner.local], grads)
+
+
+def _learn(
+    learner: Learner,
+    x_TD: Tensor,
+    h_MS: Tensor,
+    grad_MS: Tensor,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """From its own positions and columns alone: what is beside them may be NaN."""
+    for index, columns, buffer in learner.grads_b:
+        grad_TE = grads[index]
+        if grad_TE is not None:
+            _accumulate(buffer, grad_TE[learner.rows].T, h_MS[:, columns])
+    if learner.columns is not None:
+        own = [grad_MS[:, columns] for columns in learner.columns]
+        grad_MS = own[0] if len(own) == 1 else torch.cat(own, -1)
+    x_MD = x_TD[learner.rows]
+    for columns, buffer in learner.grads_a:
+        _accumulate(buffer, grad_MS[:, columns].T, x_MD)
 
 
 def _add_rows(y_TE: Tensor, rows: slice | Tensor, left_MS: Tensor, right_SE: Tensor) -> None:
@@ -240,10 +383,9 @@ class Siblings:
 
     def _compute(self, x_BLD: Tensor, context: PlanContext) -> tuple[Tensor, ...]:
         rows, length = x_BLD.shape[0], x_BLD[0].numel() // x_BLD.shape[-1]
-        pieces = _pieces(self._paths, context.plan, rows, length)
-        learns = any(piece.grads_a for piece in pieces)
-        anchor = context.anchor if learns else None
-        return _apply(x_BLD.reshape(-1, x_BLD.shape[-1]), anchor, self, pieces)
+        bundles = _bundles(self._paths, context.plan, rows, length)
+        anchor = context.anchor if any(bundle.learners for bundle in bundles) else None
+        return _apply(x_BLD.reshape(-1, x_BLD.shape[-1]), anchor, self, bundles)
 
 
 class AdaptedLinear(nn.Module):

@@ -10,7 +10,7 @@ several ranks.
 """
 
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -43,6 +43,7 @@ class LoraTensors:
         *,
         dtype: torch.dtype,
         copies: Copies | None = None,
+        finite: Callable[[], bool] | None = None,
     ) -> None:
         """Hold ``master`` as it is.
 
@@ -51,12 +52,15 @@ class LoraTensors:
             master: See the class.
             dtype: Of the computation.
             copies: Makes all copies in ``dtype`` at once, where that is cheaper than one by one.
+            finite: Whether all weights are, where there is a cheaper way than one by one.
         """
         self.spec = spec
         self.scale = spec.alpha / spec.rank
         self.master = master
         self._make = copies or (lambda: {name: w.to(dtype) for name, w in master.items()})
         self._copies: Mapping[str, Tensor] | None = None
+        self._look = finite or (lambda: all(bool(w.isfinite().all()) for w in master.values()))
+        self._finite: bool | None = None
 
     @classmethod
     def from_state(cls, state: AdapterState, *, device: torch.device, dtype: torch.dtype) -> Self:
@@ -83,6 +87,14 @@ class LoraTensors:
     def touch(self) -> None:
         """Drop the copies: a master changed, or nobody needs them now. Made anew on demand."""
         self._copies = None
+        self._finite = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether no weight is infinite or NaN."""
+        if self._finite is None:
+            self._finite = self._look()
+        return self._finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +131,13 @@ class BatchPlan:
         self.learns = any(segment.grads is not None for segment in segments)
         self._worn: dict[str, list[Worn]] = {}
         self._stacks: dict[tuple[str, int], Stack | None] = {}
+        self._memory: dict[Hashable, Tensor] = {}
+
+    def remember(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gave the first time under this key."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
 
     def worn(self, module_path: str) -> "list[Worn]":
         """The segments whose adapter has a part for this module."""

@@ -13,7 +13,7 @@ import torch
 from twinkle_dask.errors import HostLost, InvalidRequest, ServiceFault, TwinkleDaskError
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.trainer.budget import choose_budget
-from twinkle_dask.trainer.lanes import Lanes
+from twinkle_dask.trainer.lanes import NUMBERS_FOR_LANES, Lanes
 from twinkle_dask.trainer.micro_batches import MicroBatches, PlannedPass
 from twinkle_dask.trainer.paging import PagingConfig
 from twinkle_dask.trainer.passes import PassConfig, run_pass
@@ -33,8 +33,8 @@ from twinkle_dask.types import ForwardBackward, LoraSpec, OptimStep, RunId, Step
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Float32 logits of one lane at a time that fit into a core's cache.
-_BLOCK_BYTES = 1536 * 1024
+# Float32 logits of one lane at a time; they stay in a core's cache beside what they are made from.
+_BLOCK_BYTES = 768 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +48,22 @@ class TrainerConfig:
             nobody else, bit for bit; given one kind of machine, number of lanes and budget.
         lanes: Threads that compute slices of a pass, on a processor; None takes one for each core
             that torch may use, up to 4.
+        lane_tokens: Least tokens of a slice; None chooses by the model's size.
         pass_tokens: What one more pass over the model costs, in tokens: rows of a micro-batch are
             spread over several passes when that saves more padding, or lets small works end early.
+        checkpoint_tokens: Passes of more tokens keep only the inputs of layers, and compute each
+            layer a second time in backward. None takes what memory has room for.
         head_chunk_bytes: Most bytes of logits at a time, in the base model's dtype.
         head_block_bytes: Most bytes of float32 logits at a time. None takes what fits into the
-            cores' caches, 1.5 MB for each thread; on a GPU ``head_chunk_bytes``.
+            cores' caches, 0.75 MB for each lane; on a GPU ``head_chunk_bytes``.
     """
 
     tokens_per_micro_batch: int | None = None
     deterministic: bool = False
     lanes: int | None = None
+    lane_tokens: int | None = None
     pass_tokens: int = 128
+    checkpoint_tokens: int | None = None
     head_chunk_bytes: int = 48 * 2**20
     head_block_bytes: int | None = None
 
@@ -83,7 +88,9 @@ class Trainer:
         self._config = config
         on_cpu = base.device.type == "cpu"
         threads = torch.get_num_threads() if on_cpu else 1
-        self._lanes = Lanes(threads, config.lanes if on_cpu else 1)
+        # A slice's operations should outweigh the Python around them, which lanes do not share.
+        least = config.lane_tokens or max(64, 600_000_000 // base.facts.num_parameters)
+        self._lanes = Lanes(threads, config.lanes if on_cpu else 1, least_tokens=least)
         budget = choose_budget(base, config.tokens_per_micro_batch, fixed=config.deterministic)
         self._micro_batches = MicroBatches(
             tokens=budget.tokens,
@@ -95,7 +102,7 @@ class Trainer:
         self._passes = PassConfig(
             chunk_bytes=config.head_chunk_bytes,
             block_bytes=config.head_block_bytes or block_bytes,
-            checkpoint_tokens=budget.checkpoint_tokens,
+            checkpoint_tokens=config.checkpoint_tokens or budget.checkpoint_tokens,
         )
         self._queues = RunQueues()
         self._residency = Residency(base, self._queues, paging)
@@ -130,8 +137,9 @@ class Trainer:
         self._residency.on_moved = wake
 
     def close(self) -> None:
-        """End what moves runs, and remove what lies in files. The trainer is of no use then."""
+        """End all threads, and remove what lies in files. The trainer is of no use then."""
         self._residency.close()
+        self._lanes.close()
 
     def submit(self, work: Work) -> None:
         """Queue work behind everything else of its run; its completion comes out of ``step``.
@@ -176,9 +184,7 @@ class Trainer:
         barriers = [work for work in self._queues.barriers() if work.ready]
         if barriers and not (self._pass_is_due and self._has_rows):
             self._pass_is_due = True
-            return ended + [
-                self._end(work.id, _attempt(work, partial(self._do, work))) for work in barriers
-            ]
+            return ended + self._do_all(barriers)
         self._pass_is_due = False
         return ended + self._next_pass()
 
@@ -198,6 +204,26 @@ class Trainer:
         return Completion(id=work_id, outcome=outcome)
 
     # Barriers.
+
+    def _do_all(self, works: Sequence[Work]) -> list[Completion]:
+        """Optimizer steps of several runs side by side, all else one after another."""
+        steps: list[tuple[Work, Callable[[], Outcome]]] = []
+        outcomes: dict[str, Outcome] = {}
+        numbers = 0
+        for work in works:
+            if isinstance(work.body, OptimStep):
+                run = _attempt(work, partial(self._residency.get, work.run))
+                if not isinstance(run, TwinkleDaskError):
+                    numbers += run.num_weights
+                    steps.append((work, partial(run.step, work.body.adam)))
+                    continue
+            outcomes[work.id] = _attempt(work, partial(self._do, work))
+        if numbers >= NUMBERS_FOR_LANES:
+            done = self._lanes.run([(_attempt, *step) for step in steps])
+        else:
+            done = [_attempt(*step) for step in steps]
+        outcomes |= {work.id: outcome for (work, _), outcome in zip(steps, done, strict=True)}
+        return [self._end(work.id, outcomes[work.id]) for work in works]
 
     def _do(self, work: Work) -> Outcome:
         match work.body:

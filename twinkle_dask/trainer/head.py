@@ -189,13 +189,19 @@ def _losses(
     vocab_size = logits_CV.shape[1]
     live_C = torch.zeros(len(logits_CV), dtype=torch.bool, device=logits_CV.device)
     written = 0
+    room_NV = logits_CV.new_empty(min(block, len(logits_CV)), vocab_size, dtype=torch.float32)
     for row in range(0, len(logits_CV), block):
-        logp_NV = torch.log_softmax(logits_CV[row : row + block], -1, torch.float32)
-        rows, begin = len(logp_NV), start + row
+        rows, begin = min(block, len(logits_CV) - row), start + row
+        # By hand and in one place: log_softmax takes each exponential, which is most of the cost,
+        # and the gradient would take it again (512 x 49152, bfloat16, one core: 46 ms, here 31).
+        exp_NV = room_NV[:rows].copy_(logits_CV[row : row + rows])
         part = slice(int(targets.first[begin]), int(targets.first[begin + rows]))
         row_T = targets.position_T[part] - begin
         place_T = row_T * vocab_size + targets.token_T[part]  # in the flattened block
-        lp_T = logp_NV.view(-1)[place_T]
+        top_N1 = exp_NV.amax(-1, keepdim=True)
+        below_T = exp_NV.view(-1)[place_T] - top_N1[row_T, 0]
+        sum_N = exp_NV.sub_(top_N1).exp_().sum(-1)
+        lp_T = below_T - sum_N.log()[row_T]
         scored.logprobs_T[part] = lp_T
         scored.values_T[part], slope_T = loss(part, lp_T)
         if scored.grad_PD is None:
@@ -206,7 +212,7 @@ def _losses(
             slope_N = _sum_by_row(slope_T, row_T, rows)
             live_N = _sum_by_row((slope_T != 0).float(), row_T, rows) > 0
         if live := int(live_N.sum()):
-            grad_NV = logp_NV.exp_().mul_(-slope_N[:, None])
+            grad_NV = exp_NV.mul_((-slope_N / sum_N)[:, None])
             grad_NV.view(-1).index_add_(0, place_T, slope_T)
             # Never ahead of what was read: rows close ranks towards the front.
             logits_CV[written : written + live] = grad_NV if live == rows else grad_NV[live_N]

@@ -18,25 +18,35 @@ _UNEVEN = 1.25
 # Python's own lock lets no more than a few lanes make progress.
 MOST_LANES = 4
 
+# Numbers of flat buffers, over all runs, from which on it pays to give each run's to a lane.
+NUMBERS_FOR_LANES = 2_000_000
+
 
 class Lanes:
     """A fixed number of compute threads. Used by one thread.
 
     Attributes:
         count: Most slices at a time.
+        least_tokens: Of a slice; passes of less than twice as many are not cut.
     """
 
-    def __init__(self, threads: int, count: int | None = None) -> None:
+    def __init__(self, threads: int, count: int | None = None, *, least_tokens: int = 1) -> None:
         """Start no thread before it is needed.
 
         Args:
             threads: Cores to use, over all lanes.
             count: Lanes; by default one for each core, up to 4.
+            least_tokens: See the class.
         """
+        self.least_tokens = least_tokens
         self.count = min(threads, MOST_LANES) if count is None else count
         self._threads = threads
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="lane")
         self._set = threading.local()
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Slices for rows of these lengths, as ``slices`` gives them."""
+        return slices(lengths, max(1, min(self.count, sum(lengths) // self.least_tokens)))
 
     def run(self, calls: Sequence[tuple[Callable[..., Any], *tuple[Any, ...]]]) -> list[Any]:
         """Call each ``(function, *arguments)``; a single one in this thread, with all cores.

@@ -17,7 +17,7 @@ from twinkle_dask.model.base import BaseModel
 from twinkle_dask.trainer.batch import Batch, Part
 from twinkle_dask.trainer.gradient import PassGradient
 from twinkle_dask.trainer.head import score
-from twinkle_dask.trainer.lanes import Lanes, slices
+from twinkle_dask.trainer.lanes import NUMBERS_FOR_LANES, Lanes
 from twinkle_dask.types import Float32Array
 
 Result: TypeAlias = tuple[Float32Array, float]
@@ -53,18 +53,31 @@ def run_pass(
     """
     rows = [(i, row) for i, part in enumerate(parts) for row in range(len(part.data))]
     lengths = [len(parts[i].data[row].tokens) for i, row in rows]
-    shares = [_share(parts, [rows[i] for i in cut]) for cut in slices(lengths, lanes.count)]
+    shares = [_share(parts, [rows[i] for i in cut]) for cut in lanes.cut(lengths)]
     with ExitStack() as stack:
         if sum(lengths) > config.checkpoint_tokens and base.can_checkpoint:
             stack.enter_context(base.checkpointing())
         done = lanes.run([(_slice, base, [s.part for s in share], config) for share in shares])
     results: list[dict[int, Result]] = [{} for _ in parts]
-    for share, (found, gradients) in zip(shares, done, strict=True):
-        for some, of_rows, gradient in zip(share, found, gradients, strict=True):
+    found: list[list[PassGradient]] = [[] for _ in parts]
+    for share, (of_share, gradients) in zip(shares, done, strict=True):
+        for some, of_rows, gradient in zip(share, of_share, gradients, strict=True):
             results[some.index].update(zip(some.rows, of_rows, strict=True))
-            if some.part.gradient is not None and gradient is not None:
-                some.part.gradient.add(gradient)
+            if gradient is not None:
+                found[some.index].append(gradient)
+    adding = [(part, own) for part, own in zip(parts, found, strict=True) if own]
+    if sum(gradient.body.numel() for _, own in adding for gradient in own) >= NUMBERS_FOR_LANES:
+        lanes.run([(_add, part, own) for part, own in adding])
+    else:
+        for part, own in adding:
+            _add(part, own)
     return [[of_part[row] for row in range(len(of_part))] for of_part in results]
+
+
+def _add(part: Part, found: Sequence[PassGradient]) -> None:
+    for gradient in found:
+        if part.gradient is not None:
+            part.gradient.add(gradient)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

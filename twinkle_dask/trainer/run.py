@@ -115,8 +115,14 @@ class Run:
                 layout.views(weights),
                 dtype=dtype,
                 copies=lambda: layout.views(weights.to(dtype)),
+                finite=lambda: isfinite(weights.sum()),
             )
         return self._adapter
+
+    @property
+    def num_weights(self) -> int:
+        """Of the adapter."""
+        return self._layout.size
 
     @property
     def buffers(self) -> Buffers:
