@@ -24,6 +24,7 @@ import transformers
 
 from tests.models import tiny_qwen3
 from twinkle_dask import LocalService, local_service
+from twinkle_dask.model.allocator import keep_freed_memory
 from twinkle_dask.model.loading import choose_dtype
 from twinkle_dask.model.source import check_source
 
@@ -63,7 +64,8 @@ class Options:
         model: Name under which it is served and reported.
         source: Hugging Face folder or GGUF file.
         dtype: ``float32`` or ``bfloat16``, of the base weights everywhere in the run.
-        threads: Arithmetic threads, of the service's engine and of what it is compared with.
+        threads: Cores for arithmetic, of engines in this process and what they are compared with.
+        service_threads: The same of the service's engine; None leaves it its default.
         quick: Only see that the script works; nothing is written.
     """
 
@@ -71,6 +73,7 @@ class Options:
     source: str
     dtype: str
     threads: int
+    service_threads: int | None
     quick: bool
 
     @property
@@ -101,7 +104,9 @@ def common_parser(description: str | None) -> argparse.ArgumentParser:
         help="of the base weights; auto is what the service would choose",
     )
     parser.add_argument(
-        "--threads", type=int, help="for arithmetic; by default what the service would choose"
+        "--threads",
+        type=int,
+        help="cores for arithmetic; by default all, and the service's default",
     )
     parser.add_argument("--quick", action="store_true", help="only see that it works")
     return parser
@@ -117,9 +122,9 @@ def options(description: str | None) -> Generator[Options]:
 @contextmanager
 def prepared(given: argparse.Namespace) -> Generator[Options]:
     """As ``options``, from a command line that was read already."""
-    # A tiny model's kernels are over before a second thread has joined in: cluster/engines.py.
-    threads = given.threads or (1 if given.model == TINY else len(os.sched_getaffinity(0)))
+    threads = given.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as a host does
     cast(Any, transformers.utils.logging).disable_progress_bar()
     warn_of_load()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -129,6 +134,7 @@ def prepared(given: argparse.Namespace) -> Generator[Options]:
             source=source,
             dtype=_dtype(given.dtype, source),
             threads=threads,
+            service_threads=given.threads,
             quick=given.quick,
         )
 
@@ -175,7 +181,7 @@ def service(asked: Options, num_tenants: int = 1) -> Generator[tuple[LocalServic
         {asked.model: asked.source},
         api_keys=keys,
         dtype=asked.dtype,
-        engine={"threads": asked.threads},
+        engine={"threads": asked.service_threads},
         log_level="warning",
     ) as running:
         yield running, keys

@@ -19,6 +19,7 @@ import torch
 from benchmarks._common import RANK, ROWS, TINY, Options, common_parser, prepared, report
 from benchmarks._inprocess import Engine, cross_entropy
 from tests.blackbox.data import random_tokens
+from twinkle_dask.model.allocator import keep_freed_memory
 from twinkle_dask.types import LoraSpec, RunId
 
 _LEARNING_RATE = 1e-4
@@ -63,6 +64,7 @@ def _number(given: argparse.Namespace, asked: Options) -> int:
 def measure(asked: Options, num: int) -> dict[str, Any]:
     """Register and train so many runs; in a process of its own."""
     torch.set_num_threads(asked.threads)
+    keep_freed_memory()
     engine = Engine.load(asked)
     batch = cross_entropy([random_tokens(_LENGTH + 1, seed) for seed in range(ROWS)])
 

@@ -85,6 +85,8 @@ class Bench:
             {
                 "engine": _engine(self._engine, ranks, each),
                 "one_tenant": _engine(self._engine, [_RANK], [rows]),
+                # As many weights as all eight have, for one optimizer: what sharing itself costs.
+                "as_many_weights": _engine(self._engine, [min(256, sum(ranks))], [rows]),
                 "deterministic": _engine(self._deterministic(), ranks, each),
                 "peft": self._peft(ranks, each),
             },
@@ -195,6 +197,7 @@ def table_row(one: dict[str, Any]) -> tuple[object, ...]:
         f"{speed['peft']:.0f}",
         f"{over['peft']:.2f}",
         f"{over['one_tenant']:.2f}" if "one_tenant" in over else "",
+        f"{over['as_many_weights']:.2f}" if "as_many_weights" in over else "",
         f"{1 / over['deterministic']:.2f}" if "deterministic" in over else "",
         shares("engine"),
         shares("peft"),

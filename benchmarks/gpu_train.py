@@ -52,6 +52,7 @@ def main() -> None:
         source="",
         dtype=given.dtype,
         threads=torch.get_num_threads(),
+        service_threads=None,
         quick=given.quick,
     )
     results = measure(asked, given)

@@ -112,3 +112,7 @@ class CheckpointCorrupt(ServiceFault):
 
 class StartupError(TwinkleDaskError):
     """The service cannot start; for the operator, who reads the message on standard error."""
+
+
+class CannotSample(StartupError):
+    """The sampler engine does not know how to sample this base model; it may be trained."""

@@ -273,6 +273,7 @@ class ModelFacts:
         context_length: Longest input plus output in tokens.
         num_parameters: Parameters of the base model, a tied head counted once.
         max_rank: Largest LoRA rank this model's host accepts.
+        why_not_sampled: A sentence for tenants if the model can only be trained here; else None.
     """
 
     architecture: str
@@ -283,3 +284,4 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     max_rank: int
     has_tokenizer: bool
+    why_not_sampled: str | None = None

@@ -84,3 +84,36 @@ def ppo(datum: types.Datum, lp: torch.Tensor, low: float = 0.8, high: float = 1.
     ratio = torch.exp(lp - tensor(datum, "logprobs"))
     advantages = tensor(datum, "advantages")
     return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages).sum()
+
+
+def cispo(
+    datum: types.Datum, lp: torch.Tensor, low: float = 0.0, high: float = 4.0
+) -> torch.Tensor:
+    ratio = torch.exp(lp - tensor(datum, "logprobs")).detach()
+    return -(ratio.clamp(low, high) * lp * tensor(datum, "advantages")).sum()
+
+
+def dro(datum: types.Datum, lp: torch.Tensor, beta: float = 0.05) -> torch.Tensor:
+    log_ratio = lp - tensor(datum, "logprobs")
+    return -(lp * tensor(datum, "advantages") - beta / 2 * log_ratio**2).sum()
+
+
+def gspo(
+    datum: types.Datum, lp: torch.Tensor, low: float = 1 - 3e-4, high: float = 1 + 4e-4
+) -> torch.Tensor:
+    counted = tensor(datum, "sequence_ratio_mask") != 0
+    log_s = (lp - tensor(datum, "logprobs"))[counted].mean().detach()
+    ratio = torch.exp(log_s + lp - lp.detach())
+    advantages = tensor(datum, "advantages")
+    return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages).sum()
+
+
+def stable_reinforce(
+    datum: types.Datum, lp: torch.Tensor, kl_coeff: float = 0.01, high: float = 2.0
+) -> torch.Tensor:
+    log_ratio = lp - tensor(datum, "logprobs")
+    ratio = torch.exp(log_ratio)
+    beyond = high - 1 - np.log(high) + (high - 1) * (log_ratio - np.log(high))
+    k = torch.where(ratio <= high, ratio - 1 - log_ratio, beyond)
+    weight = ratio.clamp(max=high).detach()
+    return (-weight * lp * tensor(datum, "advantages") + kl_coeff * k).sum()

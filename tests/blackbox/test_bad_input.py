@@ -179,8 +179,7 @@ def test_the_message_names_the_datum_and_all_of_the_batch_is_refused(
 
 
 BAD_LOSSES: dict[str, tuple[types.Datum, str, dict[str, Any] | None, str, str]] = {
-    "unknown": (of(), "hinge", None, "'hinge'", "cross_entropy, importance_sampling, ppo"),
-    "not here": (policy(), "cispo", None, "'cispo'", "cross_entropy, importance_sampling, ppo"),
+    "unknown": (of(), "hinge", None, "'hinge'", "cispo, cross_entropy, dro, gspo, importance_"),
     "unknown setting": (
         policy(),
         "ppo",

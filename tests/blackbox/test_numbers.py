@@ -59,6 +59,21 @@ def policy_data(run: tinker.TrainingClient) -> list[types.Datum]:
     return data
 
 
+def sequence_data(run: tinker.TrainingClient) -> list[types.Datum]:
+    """The same with a mask that leaves out the first third; sequences on both sides of the clip."""
+    data: list[types.Datum] = []
+    for one in policy_data(run):
+        length = len(one.model_input.to_ints())
+        mask = np.arange(length) >= length // 3
+        inputs = {"sequence_ratio_mask": types.TensorData.from_numpy(mask.astype(np.float32))}
+        data.append(
+            types.Datum(
+                model_input=one.model_input, loss_fn_inputs={**one.loss_fn_inputs, **inputs}
+            )
+        )
+    return data
+
+
 def supervised_data(_run: tinker.TrainingClient) -> list[types.Datum]:
     """Negative and fractional weights, a different length each."""
     rng = np.random.default_rng(1)
@@ -99,8 +114,41 @@ def many_targets(_run: tinker.TrainingClient) -> list[types.Datum]:
             policy_data,
             partial(plain.ppo, low=0.5, high=1.05),
         ),
+        ("cispo", None, policy_data, plain.cispo),
+        (
+            "cispo",
+            {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+            policy_data,
+            partial(plain.cispo, low=0.8, high=1.2),
+        ),
+        ("dro", None, policy_data, plain.dro),
+        ("gspo", None, sequence_data, plain.gspo),
+        (
+            "gspo",
+            {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0},
+            sequence_data,
+            partial(plain.gspo, low=0.5, high=2.0),
+        ),
+        (
+            "stable_reinforce",
+            {"kl_coeff": 0.5, "clip_high_threshold": 1.2},
+            policy_data,
+            partial(plain.stable_reinforce, kl_coeff=0.5, high=1.2),
+        ),
     ],
-    ids=["cross_entropy", "many_targets", "importance_sampling", "ppo", "ppo_other_clips"],
+    ids=[
+        "cross_entropy",
+        "many_targets",
+        "importance_sampling",
+        "ppo",
+        "ppo_other_clips",
+        "cispo",
+        "cispo_other_clips",
+        "dro",
+        "gspo",
+        "gspo_other_clips",
+        "stable_reinforce",
+    ],
 )
 def test_logprobs_loss_and_gradient(
     client: tinker.ServiceClient,

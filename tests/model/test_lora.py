@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from tests.model.conftest import MakeAdapter
 from twinkle_dask.model.base import BaseModel
-from twinkle_dask.model.loading import load_base
 from twinkle_dask.model.linears import AdaptedLinear
+from twinkle_dask.model.loading import load_base
 from twinkle_dask.model.lora import BatchPlan, LoraTensors, PlanContext, Segment
 from twinkle_dask.types import LoraSpec
 

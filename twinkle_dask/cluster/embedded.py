@@ -4,7 +4,7 @@ Without a GPU there are as many workers as the base models need, and they share 
 """
 
 import asyncio
-import multiprocessing
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,24 @@ async def stop_embedded(cluster: Any) -> None:
 
     Nothing is lost by that: hosts keep nothing that the journal does not have.
     """
-    try:
+    # Looked up now, since a nanny that gives up on its process forgets it.
+    workers = [nanny.process for nanny in cluster.workers.values()]
+    processes = [worker.process for worker in workers if worker is not None]
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(cluster.close(timeout=2), 2.5)
-    except TimeoutError:
-        for child in multiprocessing.active_children():
-            child.kill()
+    await asyncio.gather(*(_kill(process) for process in processes if process is not None))
+
+
+async def _kill(process: Any) -> None:
+    """End a worker's process if it is still there, and wait until Dask knows that it has ended.
+
+    By Dask's own means: ``multiprocessing.active_children``, which Python calls at its end too,
+    would take the exit status that a thread of Dask waits for, and Dask logs that.
+    """
+    if process.is_alive():
+        await process.kill()
+        with contextlib.suppress(TimeoutError):
+            await process.join(1.0)
 
 
 async def start_embedded(num_workers: int, threads: int | None, dashboard: str | None) -> Any:

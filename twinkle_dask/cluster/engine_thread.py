@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 import structlog
+import torch
 
 from twinkle_dask.errors import ServiceFault, TwinkleDaskError, new_incident
 from twinkle_dask.sampler.interface import Sampler, SampleWork
@@ -37,6 +38,7 @@ class EngineThread:
         sampler: None on a host that only trains.
         read_adapter: Fetches the weights in a folder; called on the pool.
         on_done: Receives each command's id and outcome: a result value, or a TwinkleDaskError.
+        threads: Of this one's arithmetic, on a processor.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class EngineThread:
         sampler: Sampler | None,
         read_adapter: Callable[[str], AdapterState],
         on_done: OnDone,
+        threads: int,
     ) -> None:
         self.trainer = trainer
         self.sampler = sampler
@@ -54,6 +57,7 @@ class EngineThread:
         self.fault: BaseException | None = None
         self._read_adapter = read_adapter
         self._on_done = on_done
+        self._threads = threads
         self._inbox: deque[Action] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -152,6 +156,7 @@ class EngineThread:
             self._on_done(work.id, error)
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while self._take_messages():
                 self._step()

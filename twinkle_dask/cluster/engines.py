@@ -15,15 +15,14 @@ from twinkle_dask.sampler.engine import TorchSampler, TorchSamplerConfig
 from twinkle_dask.sampler.interface import Sampler
 from twinkle_dask.trainer.budget import free_bytes
 from twinkle_dask.trainer.engine import Trainer, TrainerConfig
-from twinkle_dask.trainer.lanes import MOST_LANES
 from twinkle_dask.trainer.paging import PagingConfig
 from twinkle_dask.types import ModelFacts
 
 log = structlog.stdlib.get_logger(__name__)
 
-# Below, a kernel is over before threads have met; measured at 1.3 M (a pass of 256 tokens takes
-# 28 ms on one core and 36 ms on two) and at 135 M (the second core saves 40 %). A pass of several
-# rows has a lane for each core all the same.
+# A smaller model's operations are over before two threads have met, once clients want the cores as
+# well: a pair through the service takes 43 to 47 ms with one thread and 47 to 50 with two, though
+# alone in the process two are faster (24 and 32 ms). Large passes have a lane for each core anyway.
 _PARAMETERS_FOR_THREADS = 20_000_000
 
 # Of what is free once the weights are loaded. The rest is for a pass's activations and the
@@ -33,7 +32,7 @@ _ADAPTERS_SHARE_OF_FREE = 0.2
 
 def build_engines(
     config: HostConfig, folder: Path
-) -> tuple[Trainer | None, Sampler | None, ModelFacts]:
+) -> tuple[Trainer | None, Sampler | None, ModelFacts, int]:
     """Load the base model and put the engines of the host's role over it.
 
     A host of both roles goes without a sampler if the model can be trained and not sampled; its
@@ -44,23 +43,26 @@ def build_engines(
         folder: On a local disk; gets a folder for runs that there is no memory for. Losing it
             costs nothing but time, since the journal and snapshots hold what it holds.
 
+    Returns:
+        The engines, what is told of the model, and the threads for the one that computes.
+
     Raises:
         StartupError: The base model cannot be loaded, or a setting is of no use here.
     """
     keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    cores = torch.get_num_threads()
+    threads = config.threads or torch.get_num_threads()
+    # This thread is not the one that will compute. Were both to have a team of threads, OpenMP
+    # would see more threads than cores and let them sleep between any two operations: a step of
+    # the tiny model (two threads, in process) takes 55 ms then, and 24 ms with one team.
+    torch.set_num_threads(1)
     base = load_base(config.source, config.dtype, config.max_rank)
-    if config.threads is None and base.facts.num_parameters < _PARAMETERS_FOR_THREADS:
-        torch.set_num_threads(1)
     facts = base.facts
     trainer = sampler = None
     if config.role is not Role.SAMPLER:
         settings = TrainerConfig(
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             deterministic=config.deterministic,
-            lanes=min(cores, MOST_LANES),
+            threads=threads,
         )
         trainer = Trainer(base, settings, _paging(config, base.device, folder))
     if config.role is not Role.TRAINER:
@@ -75,7 +77,8 @@ def build_engines(
                 why=error.message,
             )
             facts = replace(facts, why_not_sampled=error.message)
-    return trainer, sampler, facts
+    small = config.threads is None and facts.num_parameters < _PARAMETERS_FOR_THREADS
+    return trainer, sampler, facts, 1 if small else threads
 
 
 def _paging(config: HostConfig, device: torch.device, folder: Path) -> PagingConfig:

@@ -106,10 +106,10 @@ class Host:
         # Dask removes this folder with the worker, and at the next start of a worker beside it if
         # this one is killed.
         folder = Path(get_worker().local_directory)
-        trainer, sampler, facts = build_engines(self._config, folder)
+        trainer, sampler, facts, threads = build_engines(self._config, folder)
         from twinkle_dask.cluster.engine_thread import EngineThread
 
-        engine = EngineThread(trainer, sampler, self._read_adapter, self._on_done)
+        engine = EngineThread(trainer, sampler, self._read_adapter, self._on_done, threads)
         return engine, facts
 
     def _read_adapter(self, folder: str) -> Any:

@@ -104,13 +104,14 @@ class Sampling:
             checkpoint_id, base_model = checkpoint.id, checkpoint.base_model
         if base_model is None:
             raise InvalidRequest("Give a base_model or a model_path.")
+        model = validation.sampled(self._catalogue.get(base_model))
         record = await self._store.samplers.add(
             SamplerRecord(
                 id=SamplerId(f"{session}:sample:{seq}"),
                 session_id=session,
                 tenant_id=tenant.id,
                 sampler_seq=seq,
-                base_model=self._catalogue.get(base_model).name,
+                base_model=model.name,
                 checkpoint_id=checkpoint_id,
                 created_at=utc_now(),
             )
@@ -221,7 +222,7 @@ class Sampling:
             if checkpoint.name is not None:
                 run = RunId(checkpoint.run_id)
                 address = CheckpointAddress(run=run, kind=checkpoint.kind, name=checkpoint.name)
-        model = self._catalogue.get(record.base_model)
+        model = validation.sampled(self._catalogue.get(record.base_model))
         return _Handle(record=record, model=model, folder=folder, address=address)
 
     async def _submit(

@@ -118,10 +118,13 @@ class Training:
         ttl_s: int | None,
         user_metadata: Json,
     ) -> Ticket:
-        """Freeze the weights at this place for sampling: under a name, or as a new sampler."""
+        """Freeze the weights at this place for sampling: under a name, or as a new sampler.
+
+        A model that cannot be sampled here takes names only: its weights may be sampled elsewhere.
+        """
         taken = name is not None and await self._is_taken(tenant, run, CheckpointKind.SAMPLER, name)
 
-        def make(lane: Lane, _model: ServedModel) -> LaneRequest:
+        def make(lane: Lane, model: ServedModel) -> LaneRequest:
             if (name is None) == (sampler_seq is None):
                 raise InvalidRequest("Give either a path or a sampling_session_seq_id.")
             if name is not None:
@@ -130,6 +133,7 @@ class Training:
             validation.metadata(user_metadata, "A checkpoint's")
             sampler = None
             if sampler_seq is not None:
+                validation.sampled(model)
                 sampler = SamplerId(f"{lane.run.session_id}:sample:{sampler_seq}")
             checkpoint = secrets.token_hex(16)
             return SaveForSampler(

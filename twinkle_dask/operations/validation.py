@@ -71,6 +71,13 @@ def lora(request: LoraRequest, model: ServedModel) -> LoraRequest:
     return request
 
 
+def sampled(model: ServedModel) -> ServedModel:
+    """A model that can be sampled here, not only trained."""
+    if (why := model.facts.why_not_sampled) is not None:
+        raise InvalidRequest(f"Model {model.name!r} can be trained here and not sampled yet. {why}")
+    return model
+
+
 def batch(request: ForwardBackward, model: ServedModel, limits: LimitConfig) -> ForwardBackward:
     """Tokens, targets and loss inputs of every datum."""
     if not request.data:

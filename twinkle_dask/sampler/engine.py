@@ -70,7 +70,8 @@ class TorchSampler:
         """Check that the model can be sampled and set the memory's bound.
 
         Raises:
-            StartupError: The architecture is not supported, or ``max_kv_bytes`` is too little.
+            CannotSample: The architecture is not supported.
+            StartupError: ``max_kv_bytes`` is too little.
         """
         config = config or TorchSamplerConfig()
         self._base = base

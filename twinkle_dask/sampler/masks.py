@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinkle_dask.errors import StartupError
+from twinkle_dask.errors import CannotSample
 
 _FULL = "full_attention"
 _SLIDING = "sliding_attention"
@@ -25,7 +25,7 @@ class DecodeMasks:
         """Read from a Transformers text configuration how the layers attend.
 
         Raises:
-            StartupError: Some layer attends in a way that this sampler does not know.
+            CannotSample: Some layer attends in a way that this sampler does not know.
         """
         layer_types: set[str] | None = None
         if (named := getattr(text_config, "layer_types", None)) is not None:
@@ -37,7 +37,7 @@ class DecodeMasks:
         else:
             unknown = layer_types - {_FULL, _SLIDING}
         if unknown or (_SLIDING in layer_types and window is None):
-            raise StartupError(
+            raise CannotSample(
                 "This model cannot be sampled with the torch engine: it has layers of "
                 f"{', '.join(sorted(unknown)) or 'sliding_attention without a window'}; known are "
                 f"{_FULL} and {_SLIDING}."

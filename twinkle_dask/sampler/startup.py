@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache
 
-from twinkle_dask.errors import StartupError
+from twinkle_dask.errors import CannotSample
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.lora import BatchPlan
 from twinkle_dask.sampler.kv_cache import KvLayout, SlotCache
@@ -40,7 +40,7 @@ def kv_layout(base: BaseModel) -> KvLayout:
     """The shapes of a token's keys and values, found by running one.
 
     Raises:
-        StartupError: The model keeps something other than keys and values for each layer.
+        CannotSample: The model keeps something other than keys and values for each layer.
     """
     cache: Any = DynamicCache()
     token_BL = torch.zeros((1, 1), dtype=torch.int64, device=base.device)
@@ -49,7 +49,7 @@ def kv_layout(base: BaseModel) -> KvLayout:
             base.hidden(token_BL, BatchPlan(), cache=cache)
         shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
     except Exception as error:
-        raise StartupError(
+        raise CannotSample(
             "This model cannot be sampled with the torch engine: it keeps more than keys and "
             f"values between tokens ({type(error).__name__}: {error})."
         ) from error
@@ -67,7 +67,7 @@ def check_decoding(base: BaseModel, layout: KvLayout, masks: DecodeMasks) -> Non
     Takes milliseconds, and catches architectures that would give wrong tokens in silence.
 
     Raises:
-        StartupError: They differ.
+        CannotSample: They differ.
     """
     vocab_size = base.facts.vocab_size
     tokens = [[(7 * i + row) % vocab_size for i in range(8)] for row in range(2)]
@@ -93,7 +93,7 @@ def check_decoding(base: BaseModel, layout: KvLayout, masks: DecodeMasks) -> Non
         )
     expected_BD = torch.stack((expected_BLD[0, 6], expected_BLD[1, 4]))
     if not bool((got_B1D[:, 0] - expected_BD).abs().max() <= 0.02 * expected_BD.abs().max()):
-        raise StartupError(
+        raise CannotSample(
             "This model cannot be sampled with the torch engine: token by token it computes "
             "something else than all at once."
         )

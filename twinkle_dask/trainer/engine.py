@@ -46,8 +46,9 @@ class TrainerConfig:
             anybody waits for a turn. A longer row goes alone. None chooses by device and memory.
         deterministic: A pass holds rows of one work only, so that what a run computes depends on
             nobody else, bit for bit; given one kind of machine, number of lanes and budget.
-        lanes: Threads that compute slices of a pass, on a processor; None takes one for each core
-            that torch may use, up to 4.
+        threads: Cores to compute on, on a processor; None takes what this thread's torch has.
+        lanes: Threads that compute slices of a pass, on a processor; None takes one for each of
+            ``threads``, up to 4.
         lane_tokens: Least tokens of a slice; None chooses by the model's size.
         pass_tokens: What one more pass over the model costs, in tokens: rows of a micro-batch are
             spread over several passes when that saves more padding, or lets small works end early.
@@ -60,6 +61,7 @@ class TrainerConfig:
 
     tokens_per_micro_batch: int | None = None
     deterministic: bool = False
+    threads: int | None = None
     lanes: int | None = None
     lane_tokens: int | None = None
     pass_tokens: int = 128
@@ -87,7 +89,7 @@ class Trainer:
         self._base = base
         self._config = config
         on_cpu = base.device.type == "cpu"
-        threads = torch.get_num_threads() if on_cpu else 1
+        threads = (config.threads or torch.get_num_threads()) if on_cpu else 1
         # A slice's operations should outweigh the Python around them, which lanes do not share.
         least = config.lane_tokens or max(64, 600_000_000 // base.facts.num_parameters)
         self._lanes = Lanes(threads, config.lanes if on_cpu else 1, least_tokens=least)

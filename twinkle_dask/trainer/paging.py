@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -73,7 +74,11 @@ class Pager:
         self._folder = config.folder
         self._host_bytes = config.host_bytes
         self._device = device
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="paging")
+        self._pool = ThreadPoolExecutor(
+            num_threads,
+            thread_name_prefix="paging",
+            initializer=partial(torch.set_num_threads, 1),  # no teams beside the engine's
+        )
         self._names = count()
         self._lock = threading.Lock()
         # In the host's memory, the one that came longest ago first.

@@ -82,6 +82,8 @@ class Run:
         self._weights = buffers.weights
         self._moments = buffers.moments
         self._gradient = buffers.gradient
+        self._grad_norm: float | None = None
+        self._finite: bool | None = None
         self._adapter: LoraTensors | None = None
 
     @classmethod
@@ -115,9 +117,14 @@ class Run:
                 layout.views(weights),
                 dtype=dtype,
                 copies=lambda: layout.views(weights.to(dtype)),
-                finite=lambda: isfinite(weights.sum()),
+                finite=self._is_finite,
             )
         return self._adapter
+
+    def _is_finite(self) -> bool:
+        if self._finite is None:
+            self._finite = isfinite(float(norm(self._weights)))
+        return self._finite
 
     @property
     def num_weights(self) -> int:
@@ -143,12 +150,15 @@ class Run:
         Raises:
             InvalidRequest: It is not finite; nothing was added.
         """
-        if not isfinite(gradient.flat.sum()):
+        # The norm tells as much as a sum would, and the step needs it if nothing else is added.
+        size = float(norm(gradient.flat))
+        if not isfinite(size) and not isfinite(gradient.flat.sum()):
             raise InvalidRequest("The gradient is not finite; nothing was added to the run.")
         if self._gradient is None:
-            self._gradient = gradient.flat
+            self._gradient, self._grad_norm = gradient.flat, size
         else:
             self._gradient += gradient.flat
+            self._grad_norm = None
 
     def step(self, adam: AdamParams) -> StepResult:
         """Spend the accumulated gradient; without one, nothing changes and only its norm 0 is told.
@@ -159,7 +169,8 @@ class Run:
         gradient, self._gradient = self._gradient, None
         if gradient is None:
             return StepResult(metrics={"grad_norm:mean": 0.0})
-        grad_norm = float(norm(gradient))
+        grad_norm = float(norm(gradient)) if self._grad_norm is None else self._grad_norm
+        self._grad_norm = None
         if not isfinite(grad_norm):
             raise InvalidRequest(
                 "The accumulated gradient is not finite. It was dropped and no step was taken."
@@ -169,6 +180,7 @@ class Run:
         if self._moments is None:
             self._moments = Moments.fresh(self._weights)
         norms = adamw_step(self._weights, gradient, self._moments, adam)
+        self._finite = isfinite(norms.weight)
         if self._adapter is not None:
             self._adapter.touch()
         metrics = {

@@ -35,6 +35,7 @@ STATUS: Mapping[type[errors.TwinkleDaskError], int] = {
     errors.HostLost: 500,
     errors.StorageFailed: 500,
     errors.StartupError: 500,
+    errors.CannotSample: 500,
 }
 # No such status exists; nobody is left to read it, but the access log is.
 CLIENT_LEFT = 499

@@ -39,7 +39,9 @@ async def get_server_capabilities(service: ServiceDep) -> replies.Capabilities:
     return replies.Capabilities(
         supported_models=[
             replies.SupportedModel(
-                model_name=model.name, max_context_length=model.facts.context_length
+                model_name=model.name,
+                max_context_length=model.facts.context_length,
+                sampleable=model.facts.why_not_sampled is None,
             )
             for model in service.catalogue.all()
         ]
