@@ -20,14 +20,16 @@ from twinkle_dask.errors import StartupError
 pytestmark = pytest.mark.timeout(240)
 
 NUM_RUNS = 30
-# What a run of rank 4 counts while it trains, rounded up.
+# What a run of rank 4 counts while it trains on one thread, rounded up.
 RUN_BYTES = 1_600_000
 
 
 @contextmanager
 def a_server(model_folder: Path, **engine: Any) -> Generator[LocalService]:
     with local_service(
-        {MODEL: str(model_folder)}, dtype="float32", engine={"deterministic": True, **engine}
+        {MODEL: str(model_folder)},
+        dtype="float32",
+        engine={"deterministic": True, "threads": 1, **engine},
     ) as service:
         yield service
 

@@ -1,7 +1,7 @@
 """Promises, results and places in a run's order, as the wire has them."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -78,7 +78,7 @@ async def test_a_refused_step_frees_its_place(
 async def test_a_refused_batch_frees_its_place(
     client: httpx.AsyncClient, world: InMemoryService, run: str
 ) -> None:
-    body = sdk_body(one_datum(target_tokens=TARGETS), run=run, loss_fn="nope")
+    body = sdk_body(one_datum(target_tokens=TARGETS), run=run, loss_fn=cast(Any, "nope"))
     response = await client.post("/forward_backward", content=body, headers=PROTO)
     assert response.status_code == 400
     assert world.refused == [(run, 3)]

@@ -11,6 +11,7 @@ LENGTHS = [
     pytest.param((1,), id="one"),
     pytest.param((5, 5, 40, 1, 128), id="mixed"),
     pytest.param((300, 3), id="long"),
+    pytest.param((1100, 1100, 2), id="several blocks of a window"),
 ]
 
 

@@ -12,8 +12,9 @@ import safetensors.numpy
 import torch
 import transformers
 
-from tests.models import FAMILIES, llama_as_gguf, tiny_llama, tiny_qwen3
+from tests.models import FAMILIES, llama_as_gguf, tiny_family, tiny_llama, tiny_qwen3
 from twinkle_dask.errors import StartupError
+from twinkle_dask.model.attention import Rows
 from twinkle_dask.model.loading import choose_dtype, load_base
 from twinkle_dask.model.lora import BatchPlan
 from twinkle_dask.model.source import SourceKind, check_source
@@ -274,6 +275,77 @@ def test_the_text_part_of_a_model_that_sees(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = base.head.logits(base.hidden(tokens_BL, BatchPlan()), BatchPlan())
         torch.testing.assert_close(logits, model(tokens_BL).logits, rtol=1e-5, atol=1e-5)
+
+
+# Head size 16: eight frequencies. Each with the longest row that leaves them as they are.
+ROTATIONS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "longrope": (
+        "phi3",
+        32,
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
+            },
+        },
+    ),
+    "dynamic": (
+        "llama",
+        64,
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_no_row_that_is_allowed_rotates_those_of_others(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family, longest, config = ROTATIONS[kind]
+    base = load(tiny_family(tmp_path, family, **config))
+    assert base.facts.context_length == longest
+    lowered = longest < config["max_position_embeddings"]
+    assert ("may have 32 tokens, not 128" in caplog.text) == lowered
+
+    def logprobs(*lengths: int) -> torch.Tensor:
+        """Of the first row; the others lie behind it in the same pass."""
+        tokens_T = torch.cat([torch.arange(length) + 1 for length in lengths])
+        rows = Rows.of(lengths, base.device)
+        with torch.no_grad():
+            hidden_TD = base.hidden_packed(tokens_T, rows, BatchPlan())[: lengths[0]]
+            return base.head.logits(hidden_TD[None], BatchPlan())[0].log_softmax(-1)
+
+    before = logprobs(20)
+    torch.testing.assert_close(logprobs(20, longest), before, rtol=1e-5, atol=1e-5)
+    logprobs(longest)
+    assert torch.equal(logprobs(20), before)
+    # What the bound is for: beside a longer row, a neighbour's numbers are others.
+    assert (logprobs(20, 4 * longest) - before).abs().max() > 1e-3
+
+
+def test_rotations_that_change_at_an_unknown_length_are_refused(tmp_path: Path) -> None:
+    rope = ROTATIONS["longrope"][2]["rope_parameters"] | {"factor": 4.0, "attention_factor": 1.0}
+    folder = tiny_llama(tmp_path, rope_parameters=rope)
+    saved = json.loads((folder / "config.json").read_text())
+    saved["rope_parameters"]["original_max_position_embeddings"] = None
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(StartupError, match=r"longrope.* original_max_position_embeddings"):
+        load(folder)
+
+
+def test_padding_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(tiny_llama(tmp_path / "llama"))
+    assert "padded" not in caplog.text
+    load(tiny_family(tmp_path / "stablelm", "stablelm"))
+    assert "are padded to the longest" in caplog.text
+    assert "its attention cannot be exchanged" in caplog.text
 
 
 def test_checking_a_source_imports_no_torch(tmp_path: Path) -> None:

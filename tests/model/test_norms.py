@@ -68,3 +68,25 @@ class OtherRMSNorm(nn.Module):
 def test_what_computes_something_else_stays() -> None:
     parent = nn.ModuleDict({"norm": OtherRMSNorm()}).requires_grad_(False)
     assert replace_norms(parent) == 0
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    """The same without its gate, which it may be given."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(hidden_states)
+        return y if gate is None else y * gate
+
+
+class FailingRMSNorm(LlamaRMSNorm):
+    """Wants another shape."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise IndexError(hidden_states.shape)
+
+
+@pytest.mark.parametrize("kind", [GatedRMSNorm, FailingRMSNorm])
+def test_what_takes_more_or_cannot_be_tried_stays(kind: type[nn.Module]) -> None:
+    parent = module(kind, torch.float32)
+    assert replace_norms(parent) == 0
+    assert isinstance(parent.get_submodule("norm"), kind)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.trainer.driver import Driver, batch
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.loading import load_base
+from twinkle_dask.trainer import engine, passes
 from twinkle_dask.trainer.engine import Trainer, TrainerConfig
-from twinkle_dask.types import AdapterState, Float32Array, LoraSpec, RunState
+from twinkle_dask.types import AdamParams, AdapterState, Float32Array, LoraSpec, OptimStep, RunState
 
 SPECS = {
     "a": LoraSpec(rank=3, seed=1),
@@ -90,3 +92,45 @@ def test_layers_computed_twice_give_the_same(base: BaseModel, lanes: int) -> Non
         results.append([*logprobs, *(named[name] for name in sorted(named))])
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def told(base: BaseModel, runs: Sequence[str]) -> dict[str, list[Float32Array]]:
+    """Two steps of each run, two batches each, all pipelined; what came of it, metrics included."""
+    settings = TrainerConfig(
+        tokens_per_micro_batch=64, deterministic=True, threads=2, lanes=2, lane_tokens=1
+    )
+    it = Driver(Trainer(base, settings))
+    for run in runs:
+        it.load(run, random_state(base, SPECS[run]))
+    ids: dict[str, list[str]] = {run: [] for run in runs}
+    rngs = {run: np.random.default_rng(ord(run)) for run in runs}
+    for _ in range(2):
+        for run in runs:
+            bodies = [batch(rngs[run], (9, 30, 4)), batch(rngs[run], (50,))]
+            step = OptimStep(adam=AdamParams(learning_rate=1e-2, grad_clip_norm=0.5))
+            ids[run] += [it.submit(run, body, tenant=run) for body in (*bodies, step)]
+    outcomes = it.drain()
+    found: dict[str, list[Float32Array]] = {}
+    for run in runs:
+        weights = it.state(run).adapter.weights
+        found[run] = [weights[name] for name in sorted(weights)]
+        for work in ids[run]:
+            metrics = getattr(outcomes[work], "metrics")  # noqa: B009 - of either kind of result
+            found[run].append(np.array([metrics[name] for name in sorted(metrics)], np.float32))
+    it.trainer.close()
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_on_lanes_and_threads(
+    dtype: str, half: BaseModel, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit whoever is there, with every chance to use another number of threads."""
+    for module in (engine, passes):
+        monkeypatch.setattr(module, "NUMBERS_FOR_LANES", 1)
+    torch.set_num_threads(2)  # the fixture of this room puts it back
+    of = half if dtype == "bfloat16" else base
+    together = told(of, list(SPECS))
+    for run in SPECS:
+        for ours, theirs in zip(together[run], told(of, [run])[run], strict=True):
+            np.testing.assert_array_equal(ours, theirs)

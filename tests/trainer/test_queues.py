@@ -189,6 +189,23 @@ def test_longest_rows_go_first_and_a_row_over_the_budget_goes_alone() -> None:
     assert queues.next_batch(BUDGET)[0].rows == (2, 0)
 
 
+def test_works_that_learn_share_a_bound_of_memory_as_well() -> None:
+    queues = RunQueues()
+    for i in range(5):
+        queues.add(work(f"w{i}", rows([1], backward=i != 3), "r", "t"))
+    got: list[list[str]] = []
+    while picks := queues.next_batch(BUDGET, bytes_of=lambda _: 10, most_bytes=25):
+        got.append([pick.work.id for pick in picks])
+    assert got == [["w0", "w1"], ["w2", "w3", "w4"]]
+
+
+def test_a_single_work_may_exceed_the_bound_of_memory() -> None:
+    queues = RunQueues()
+    queues.add(work("w", rows([1, 1]), "r", "t"))
+    (pick,) = queues.next_batch(BUDGET, bytes_of=lambda _: 10, most_bytes=5)
+    assert pick.rows == (0, 1)
+
+
 def test_cancel_takes_everything_out_and_leaves_others() -> None:
     queues = RunQueues()
     queues.add(work("open", rows([40, 40]), "r1"))

@@ -328,6 +328,45 @@ def test_a_run_that_is_too_large_alone_is_refused(base: BaseModel, place: Path) 
         tight.create("r", SPEC)
 
 
+def test_each_lane_counts_a_gradient_of_its_own(base: BaseModel, place: Path) -> None:
+    place.mkdir()
+    paging = PagingConfig(folder=place, device_bytes=1)
+    trainer = Trainer(base, TrainerConfig(threads=3, lanes=3), paging)
+    try:
+        refused = Limited(trainer, place).do("r", CreateRun(spec=SPEC))
+        assert f"needs {full_bytes(base) * (28 + 2 * 4) // 28} bytes" in str(refused)
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_run_that_adapts_nothing_of_this_model_is_refused(
+    base: BaseModel, place: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    """At its turn, like any other: nobody else notices."""
+    nothing = replace(SPEC, train_unembed=False)
+    driver = unlimited(base)
+    driver.create("a", nothing)
+    saved = driver.state("a")
+    real = type(base).families
+
+    def families(self: BaseModel, spec: LoraSpec) -> Any:
+        if not spec.train_unembed:
+            raise InvalidRequest("nothing to adapt")
+        return real(self, spec)
+
+    monkeypatch.setattr(type(base), "families", families)
+    with limited(base, place, runs=1) as tight:
+        tight.create("a", SPEC)
+        read: Future[RunState] = Future()
+        read.set_result(saved)
+        body = LoadState(state=read, with_optimizer=True) if loaded else CreateRun(spec=nothing)
+        outcome = tight.do("b", body)
+        assert isinstance(outcome, InvalidRequest)
+        assert "nothing to adapt" in outcome.message
+        tight.step("a")
+
+
 def test_a_run_without_work_keeps_its_buffers_alone(base: BaseModel) -> None:
     """Neither copies in the computation's dtype nor views."""
     driver = unlimited(base)
@@ -491,6 +530,82 @@ def test_a_state_that_cannot_be_read_leaves_no_place_taken(base: BaseModel, plac
         assert isinstance(outcomes[load], InvalidRequest)
         assert isinstance(outcomes[behind], NotFound)
         expect(tight.do("a", ExportState(gradients=True, optimizer=True)), RunState)
+
+
+def test_a_run_that_the_device_has_no_memory_for_waits(
+    base: BaseModel, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has a place by the count. Others go on, idle ones leave for it."""
+    real: Any = torch.empty
+    full = False
+
+    def empty(*args: Any, **options: Any) -> torch.Tensor:
+        if full:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr("twinkle_dask.trainer.residency._RETRY_S", 0.5)
+    with limited(base, place, runs=1.15) as tight:
+        for name in "abc":
+            tight.create(name, SPEC)
+        tight.settle()
+        assert tight.files()
+        full = True
+        waits = tight.submit("a", OptimStep(adam=ADAM))
+        here = tight.submit("c", OptimStep(adam=ADAM))
+        tight.until(lambda: here in tight.outcomes)
+        tight.settle()
+        assert waits not in tight.outcomes
+        paused, reason = tight.trainer.paused()
+        assert paused == ("a",)
+        assert "no memory left" in reason
+        full = False
+        assert not isinstance(tight.drain()[waits], Exception)
+        assert tight.trainer.paused()[0] == ()
+
+
+def test_who_was_to_be_made_and_was_loaded_instead_comes_back(base: BaseModel, place: Path) -> None:
+    driver = unlimited(base)
+    driver.create("a", SPEC)
+    saved = driver.state("a")
+    with limited(base, place, runs=1) as tight:
+        tight.submit("a", CreateRun(spec=SPEC))
+        tight.take()
+        tight.forget(set(tight.trainer.cancel_run(RunId("a"))))
+        tight.load("a", saved)
+        tight.create("b", SPEC)
+        same_run(tight.state("a"), saved)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_all_is_forgotten_also_what_does_not_exist_yet(
+    base: BaseModel, place: Path, bounded: bool
+) -> None:
+    """Runs that wait for a place, for their state, or for their turn."""
+    place.mkdir()
+    paging = PagingConfig(folder=place, device_bytes=full_bytes(base)) if bounded else None
+    trainer = Trainer(base, config(), paging)
+    try:
+        driver = Limited(trainer, place)
+        driver.create("here", SPEC)
+        gone = {
+            driver.submit("here", batch(np.random.default_rng(0))),
+            driver.submit("unread", LoadState(state=Future(), with_optimizer=True)),
+            driver.submit("next", CreateRun(spec=SPEC)),
+            driver.submit("nobody", OptimStep(adam=ADAM)),
+        }
+        before = set(driver.outcomes)
+        trainer.forget_all()
+        driver.settle()
+        assert set(driver.outcomes) == before
+        assert not trainer.busy
+        assert trainer.runs() == ()
+        driver.forget(gone)
+        for name in ("here", "unread", "next"):
+            driver.create(name, SPEC)
+    finally:
+        trainer.close()
 
 
 def test_dropping_runs_leaves_no_files(base: BaseModel, place: Path) -> None:

@@ -78,7 +78,7 @@ class EngineThread:
 
     def cancel_sample(self, command_id: str) -> None:
         """Stop a sample. Any thread."""
-        self.post(lambda: self._cancel(command_id))
+        self.post(lambda: self.forget_sample(command_id))
 
     def offer_adapter(self, folder: str, state: AdapterState) -> None:
         """Give the sampler weights that it would else read from ``folder``. Any thread."""
@@ -116,7 +116,7 @@ class EngineThread:
             return
         try:
             self.trainer.submit(work)
-        except ValueError as error:
+        except (ValueError, TwinkleDaskError) as error:
             self._on_done(work.id, error)
 
     def _sample(self, work: SampleWork) -> None:
@@ -132,7 +132,8 @@ class EngineThread:
             reading = self.pool.submit(self._read_adapter, folder)
             reading.add_done_callback(lambda done: self.post(lambda: self._fetched(folder, done)))
 
-    def _cancel(self, command_id: str) -> None:
+    def forget_sample(self, command_id: str) -> None:
+        """Stop a sample; to be called on the engine thread."""
         for waiting in self._fetching.values():
             waiting[:] = [work for work in waiting if work.id != command_id]
         if self.sampler is not None:

@@ -49,6 +49,11 @@ def build_engines(
     Raises:
         StartupError: The base model cannot be loaded, or a setting is of no use here.
     """
+    if config.deterministic and torch.cuda.is_available():
+        raise StartupError(
+            "engine.deterministic is for hosts without a GPU: on one, the gradient of attention is "
+            "summed in no fixed order."
+        )
     keep_freed_memory()
     threads = config.threads or torch.get_num_threads()
     # This thread is not the one that will compute. Were both to have a team of threads, OpenMP

@@ -93,7 +93,7 @@ class Host:
         self._comm: Any = None
         self._samples: set[str] = set()
         self._completions: list[Completion] = []
-        self._saving: dict[str, tuple[Command, SaveFolder]] = {}
+        self._saving: dict[str, tuple[Command, SaveFolder, int]] = {}
         self._lock = threading.Lock()
         self._engine, self._facts = self._build()
         worker: Any = get_worker()  # distributed has no types
@@ -131,15 +131,15 @@ class Host:
 
     @answered
     async def attach(self, request: bytes) -> object:
-        """A gateway takes over: forget all runs and answers of the one before.
+        """A gateway takes over: forget all runs, work and answers of the one before.
 
-        The request is the new epoch; calls with another one are refused from now on.
+        The request is the new epoch. Commands of another one are neither accepted nor answered
+        from now on; only what is being written for a checkpoint is written to its end.
         """
-        self._epoch = packing.unpack(request)["epoch"]
+        with self._lock:
+            self._epoch = packing.unpack(request)["epoch"]
         if self._comm is not None:
             self._comm.abort()
-        with self._lock:
-            self._completions.clear()
         forgotten: Future[None] = Future()
         self._engine.post(lambda: forgotten.set_result(self._forget()))
         await asyncio.wrap_future(forgotten)
@@ -152,30 +152,40 @@ class Host:
         either side sends arrives once and in order, or the stream breaks and the host is lost.
         """
         self._loop = asyncio.get_running_loop()
-        self._comm = comm
-        sending = asyncio.create_task(self._send_completions(comm))
+        sending: asyncio.Task[None] | None = None
         try:
             self._check_epoch(epoch)
+            self._comm = comm
+            sending = asyncio.create_task(self._send_completions(comm, epoch))
             await comm.write(packing.pack({}))
             while True:
-                await self._receive(packing.unpack(await comm.read()))
+                await self._receive(packing.unpack(await comm.read()), epoch)
         except HostLost as error:
             await comm.write(packing.pack(Failure.of(error)))
         finally:
-            sending.cancel()
+            if sending is not None:
+                sending.cancel()
             comm.abort()
 
-    async def _receive(self, commands: Iterable[Command]) -> None:
+    async def _receive(self, commands: Iterable[Command], epoch: int) -> None:
         self._check_engine()
         for command in commands:
             try:
-                await self._accept(command)
+                body = await _body_of(command)
             except Exception as error:  # noqa: BLE001 - becomes this command's answer
-                self._complete(command.id, error)
+                self._complete(command.id, error, epoch)
+                continue
+            self._check_epoch(epoch)  # another gateway may have come while it was unpacked
+            try:
+                self._accept(command, body, epoch)
+            except Exception as error:  # noqa: BLE001 - becomes this command's answer
+                self._complete(command.id, error, epoch)
 
-    async def _send_completions(self, comm: Any) -> None:
+    async def _send_completions(self, comm: Any, epoch: int) -> None:
         while True:
             await self._arrived.wait()
+            if epoch != self._epoch:
+                return  # they are for another gateway
             self._arrived.clear()
             with self._lock:
                 completions, self._completions = self._completions, []
@@ -184,6 +194,12 @@ class Host:
                     await comm.write(packing.pack(completions))
                 except OSError:
                     return  # the reader meets it too; the gateway has all of this done again
+                except Exception:
+                    # Whatever it was, these answers are gone: so must be the link, or their
+                    # callers would wait for ever.
+                    log.exception("completions_not_sent", count=len(completions))
+                    comm.abort()
+                    return
 
     @answered
     async def close(self, request: bytes) -> object:
@@ -200,13 +216,15 @@ class Host:
             raise HostLost(f"The engine has died: {self._engine.fault!r}")
 
     def _forget(self) -> None:
+        """Drop everything that was accepted; on the engine thread, so nothing ends meanwhile."""
         if self._engine.trainer is not None:
-            for run in tuple(self._engine.trainer.runs()):
-                self._engine.trainer.drop_run(run)
-        if self._engine.sampler is not None:
-            for command_id in self._samples:
-                self._engine.sampler.cancel(command_id)
+            self._engine.trainer.forget_all()
+        for command_id in tuple(self._samples):
+            self._engine.forget_sample(command_id)
         self._samples.clear()
+        self._saving.clear()
+        with self._lock:
+            self._completions.clear()
 
     def _drop(self, command: Command) -> None:
         if self._engine.trainer is not None:
@@ -215,7 +233,7 @@ class Host:
                 self._complete(command_id, HostLost("The run was dropped from this host."))
         self._complete(command.id, None)
 
-    async def _accept(self, command: Command) -> None:
+    def _accept(self, command: Command, body: object, epoch: int) -> None:
         from twinkle_dask.sampler import interface
         from twinkle_dask.trainer import work
 
@@ -224,11 +242,6 @@ class Host:
                 work.Work(id=command.id, run=command.run, tenant=command.tenant, body=body)
             )
 
-        if len(command.body) > _UNPACK_ASIDE_BYTES:
-            # Still in order: one batch is accepted after the other.
-            body = await asyncio.to_thread(packing.unpack, command.body)
-        else:
-            body = packing.unpack(command.body)
         match body:
             case ForwardBackward() | OptimStep():
                 train(body)
@@ -239,7 +252,7 @@ class Host:
                 train(work.LoadState(state=state, with_optimizer=body.with_optimizer))
                 state.add_done_callback(self._engine.wake)
             case SaveFolder():
-                self._saving[command.id] = (command, body)
+                self._saving[command.id] = (command, body, epoch)
                 train(work.ExportState(gradients=body.gradients, optimizer=body.optimizer))
             case DropRun():
                 self._engine.post(lambda: self._drop(command))
@@ -265,19 +278,19 @@ class Host:
             return
         self._complete(command_id, outcome)
 
-    def _save(self, command: Command, body: SaveFolder, state: RunState) -> None:
+    def _save(self, command: Command, body: SaveFolder, epoch: int, state: RunState) -> None:
         """Write a run's state to its folder; on the pool."""
         try:
             size = folders.write_state(self._blobs, body.folder, state, base_model=body.base_model)
             if self._config.role is Role.BOTH and not body.optimizer:
                 self._engine.offer_adapter(body.folder, state.adapter)
         except Exception as error:  # noqa: BLE001 - becomes this command's answer
-            self._complete(command.id, error)
+            self._complete(command.id, error, epoch)
         else:
-            self._complete(command.id, FolderSaved(num_bytes=size))
+            self._complete(command.id, FolderSaved(num_bytes=size), epoch)
 
-    def _complete(self, command_id: str, outcome: object) -> None:
-        """Have a command's answer sent. Any thread."""
+    def _complete(self, command_id: str, outcome: object, epoch: int | None = None) -> None:
+        """Have a command's answer sent, unless it is of another epoch. Any thread."""
         from twinkle_dask.cluster.engine_thread import as_error
 
         error = as_error(outcome)
@@ -288,6 +301,15 @@ class Host:
             completion = Completion(id=command_id, result=result)
         self._samples.discard(command_id)
         with self._lock:
+            if epoch is not None and epoch != self._epoch:
+                return
             self._completions.append(completion)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._arrived.set)
+
+
+async def _body_of(command: Command) -> object:
+    if len(command.body) > _UNPACK_ASIDE_BYTES:
+        # Still in order: one batch is accepted after the other.
+        return await asyncio.to_thread(packing.unpack, command.body)
+    return packing.unpack(command.body)

@@ -9,6 +9,7 @@ holds is then its largest pass, not its last one.
 
 import ctypes
 import logging
+import sys
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,9 @@ _TRIMMED_FROM = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees; does nothing where the C library is another one."""
+    """Let this process keep what it frees; does nothing where there is no glibc."""
+    if sys.platform != "linux":  # Windows has no library to open by no name
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         log.info("This C library's allocator cannot be set; passes may be slower")
@@ -30,3 +33,15 @@ def keep_freed_memory() -> None:
     for threshold in _MAPPED_FROM:
         if mallopt(_M_MMAP_THRESHOLD, threshold):
             return
+
+
+def return_holes() -> None:
+    """Give pages back that are free inside of the heap.
+
+    What lives long (a run's objects, a few hundred bytes) comes to lie between blocks that passes
+    need again, so that these no longer fit: 1,000 runs of the tiny model took 1.3 times their own
+    size. Takes milliseconds, and the next pass faults some pages in.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
@@ -41,6 +41,9 @@ NAME = "twinkle_rows"
 # 128 2.6 and 11.4, 256 3.7 and 8.3, 512 9.0 and 12.3; float32 64 2.3 and 3.1, 128 3.9 and 5.0,
 # 256 7.2 and 8.5, 512 26 and 16.
 _LONGEST_PLAIN = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 256}
+
+# Fewest queries of a block where a window is shorter than the row.
+_SHORTEST_BLOCK = 512
 
 _sdpa = cast(Any, sdpa_attention_forward)
 _mask = cast(Any, sdpa_mask)
@@ -250,31 +253,86 @@ def _put(out_THC: Tensor, bucket: Bucket, part_NHLC: Tensor) -> None:
 
 
 def _forward(heads: Heads, scale: float, window: int | None) -> Tensor:
+    length = heads[0].shape[2]
+    if window is None or length <= window:
+        return _dot_product(heads, None, scale)
+    blocks = _blocks(length, window)
+    device = heads[0].device
+    parts = [_dot_product(block.part(heads), block.see(window, device), scale) for block in blocks]
+    return torch.cat(parts, dim=2)
+
+
+def _dot_product(heads: Heads, see: Tensor | None, scale: float) -> Tensor:
     q_NHLC, k_NKLC, v_NKLC = heads
-    length = q_NHLC.shape[2]
-    banded = window is not None and length > window
     return functional.scaled_dot_product_attention(
         q_NHLC,
         k_NKLC,
         v_NKLC,
-        attn_mask=_band(length, window, q_NHLC.device) if banded else None,
-        is_causal=not banded,
+        attn_mask=see,
+        is_causal=see is None,
         scale=scale,
         enable_gqa=q_NHLC.shape[1] != k_NKLC.shape[1],
     )
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Who sees whom: the last ``window`` positions up to one's own; bool (L, L)."""
-    see_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return see_LL if window is None else see_LL.triu_(1 - window)
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Queries ``start`` to ``stop`` of each row, which see nothing before key ``first``."""
+
+    first: int
+    start: int
+    stop: int
+
+    def part(self, heads: Heads) -> Heads:
+        """Its queries, and the keys and values that they may see; views."""
+        q_NHLC, k_NKLC, v_NKLC = heads
+        seen = slice(self.first, self.stop)
+        return q_NHLC[:, :, self.start : self.stop], k_NKLC[:, :, seen], v_NKLC[:, :, seen]
+
+    def see(self, window: int, device: torch.device) -> Tensor:
+        """Which of these keys each query sees; bool (queries, keys)."""
+        size = self.stop - self.start, self.stop - self.first
+        own = self.start - self.first  # the first query's own key
+        see = torch.ones(size, dtype=torch.bool, device=device)
+        return see.tril_(own).triu_(own + 1 - window)
+
+
+def _blocks(length: int, window: int) -> list[_Block]:
+    """Queries cut so that masks grow with the row, not with its square.
+
+    A block has at least ``window`` queries, so a key is seen by two blocks at most.
+    """
+    size = max(window, _SHORTEST_BLOCK)
+    return [
+        _Block(max(0, start - window + 1), start, min(start + size, length))
+        for start in range(0, length, size)
+    ]
 
 
 def _torch_backward(heads: Heads, grad_NHLC: Tensor, scale: float, window: int | None) -> Heads:
     """By autograd, with the forward computed once more."""
+    length = grad_NHLC.shape[2]
+    if window is None or length <= window:
+        return _gradients(heads, None, grad_NHLC, scale)
+    grads = grad_q_NHLC, grad_k_NKLC, grad_v_NKLC = (
+        torch.empty_like(heads[0]),
+        torch.zeros_like(heads[1]),
+        torch.zeros_like(heads[2]),
+    )
+    for block in _blocks(length, window):
+        queries, seen = slice(block.start, block.stop), slice(block.first, block.stop)
+        see = block.see(window, grad_NHLC.device)
+        q, k, v = _gradients(block.part(heads), see, grad_NHLC[:, :, queries], scale)
+        grad_q_NHLC[:, :, queries] = q
+        grad_k_NKLC[:, :, seen] += k
+        grad_v_NKLC[:, :, seen] += v
+    return grads
+
+
+def _gradients(heads: Heads, see: Tensor | None, grad_NHLC: Tensor, scale: float) -> Heads:
     leaves = [x.detach().requires_grad_() for x in heads]
     with torch.enable_grad():
-        out_NHLC = _forward((leaves[0], leaves[1], leaves[2]), scale, window)
+        out_NHLC = _dot_product((leaves[0], leaves[1], leaves[2]), see, scale)
     q, k, v = torch.autograd.grad(out_NHLC, leaves, grad_NHLC)
     return q, k, v
 
@@ -296,7 +354,9 @@ def _plain_backward(heads: Heads, grad_NHLC: Tensor, scale: float, _: int | None
 
     q_BMC, grad_BMC = grouped(q_NHLC, queries), grouped(grad_NHLC, queries)
     k_BLC, v_BLC = grouped(k_NKLC * scale, length), grouped(v_NKLC, length)
-    future_ML = _future(length, num_heads // num_keys, q_BMC.dtype, q_BMC.device)
+    future_ML = _future(q_BMC.dtype, q_BMC.device)[:length, :length].repeat(
+        num_heads // num_keys, 1
+    )
     p_BML = torch.baddbmm(future_ML, q_BMC, k_BLC.mT).softmax(-1)
     grad_v_BLC = p_BML.mT @ grad_BMC
     grad_p_BML = grad_BMC @ v_BLC.mT
@@ -310,8 +370,8 @@ def _plain_backward(heads: Heads, grad_NHLC: Tensor, scale: float, _: int | None
     )
 
 
-@lru_cache(maxsize=64)
-def _future(length: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 for what a position sees, minus infinity after it; (G * L, L)."""
-    ones_LL = torch.full((length, length), float("-inf"), dtype=dtype, device=device)
-    return ones_LL.triu_(1).repeat(groups, 1)
+@cache
+def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 for what a position sees, minus infinity after it; (L, L) of the longest plain row."""
+    longest = max(_LONGEST_PLAIN.values())
+    return torch.full((longest, longest), float("-inf"), dtype=dtype, device=device).triu_(1)

@@ -7,6 +7,7 @@ V vocabulary.
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,7 @@ class BaseModel:
         self._wrapped = self._wrap()
         if self.device.type == "cpu":
             replace_norms(model)
+        self._checkpointing = False
         self._layers = self._checkpointing_layers()
         self._try_out()
 
@@ -195,16 +197,16 @@ class BaseModel:
 
         For all threads. Backward may run outside, in any thread.
         """
-        for layer in self._layers:
-            layer.gradient_checkpointing = True
-            layer.training = True  # the layer's own switch; what is inside stays in eval mode
+        self._checkpointing = True
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer.gradient_checkpointing = layer.training = False
+            self._checkpointing = False
 
-    def _checkpointed(self, compute: Any, *args: Any) -> Any:
+    def _maybe_twice(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer's forward; while ``checkpointing``, so that backward computes it again."""
+        if not self._checkpointing:
+            return forward(*args, **kwargs)
         # On a GPU, backward has a thread of its own, which must find this thread's plan.
         plan, rows = self._context.plan, attention.current()
 
@@ -212,7 +214,11 @@ class BaseModel:
             return nullcontext(), self._again(plan, rows)
 
         return cast(Any, checkpoint).checkpoint(
-            compute, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            partial(forward, **kwargs),
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is drawn: the model is in eval mode
+            context_fn=contexts,
         )
 
     @contextmanager
@@ -229,8 +235,10 @@ class BaseModel:
             for module in self._model.modules()
             if isinstance(module, GradientCheckpointingLayer)
         ]
+        # Not by transformers' own switch, which works in training mode only, where some layers also
+        # drop activations out.
         for layer in layers:
-            layer._gradient_checkpointing_func = self._checkpointed
+            layer.forward = partial(self._maybe_twice, layer.forward)
         return layers
 
     def _wrap(self) -> dict[str, AdaptedLinear]:

@@ -60,6 +60,12 @@ def load_base(source: str, dtype: str, max_rank: int) -> BaseModel:
     model = _load_model(place, dtype, device).to(device)
     tokenizer = _load_tokenizer(place)
     base = BaseModel(model, _facts(model, place, tokenizer, max_rank), tokenizer)
+    if base.why_padded is not None:
+        log.warning(
+            "Rows of %s are padded to the longest, which is slower than packing them: %s",
+            place.location,
+            base.why_padded,
+        )
     log.info("Loaded %s in %.1f s", place.location, time.monotonic() - started_s)
     return base
 
@@ -218,6 +224,16 @@ def _facts(model: Any, place: ModelSource, tokenizer: Any | None, max_rank: int)
     context_length = getattr(config, "max_position_embeddings", None)
     if not isinstance(context_length, int):
         raise StartupError(f"Model {place.location} states no max_position_embeddings.")
+    switches = _length_with_other_rotations(config, place)
+    if switches is not None and switches < context_length:
+        log.warning(
+            "Rows of %s may have %d tokens, not %d: with longer ones it rotates otherwise, for "
+            "whoever shares the pass as well",
+            place.location,
+            switches,
+            context_length,
+        )
+        context_length = switches
     ends: set[int] = set()
     for holder in (model.generation_config, config, tokenizer):
         found: int | list[int] | None = getattr(holder, "eos_token_id", None)
@@ -237,3 +253,29 @@ def _facts(model: Any, place: ModelSource, tokenizer: Any | None, max_rank: int)
         max_rank=max_rank,
         has_tokenizer=tokenizer is not None,
     )
+
+
+def _length_with_other_rotations(config: Any, place: ModelSource) -> int | None:
+    """Longest row with which the rotations are still those of shorter ones; None if all have it.
+
+    Transformers chooses "longrope"'s table in each pass, by the longest row that is in it: one
+    tenant's row would change another's numbers. "dynamic" grows its table too, but only beyond
+    ``max_position_embeddings``, which no row may be longer than; the length that it was trained
+    with plays no part in it.
+    """
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_kind_of_layer = cast(
+        "list[dict[str, Any]]", [value for value in parameters.values() if isinstance(value, dict)]
+    )
+    lengths: list[int] = []
+    for rope in (parameters, *by_kind_of_layer):
+        if rope.get("rope_type", rope.get("type")) != "longrope":
+            continue
+        length = rope.get("original_max_position_embeddings")
+        if not isinstance(length, int) or length < 1:
+            raise StartupError(
+                f"Model {place.location} is not supported: its rotations (longrope) change with "
+                "the length of rows, and it states no original_max_position_embeddings."
+            )
+        lengths.append(length)
+    return min(lengths, default=None)

@@ -184,6 +184,7 @@ class PlanContext(threading.local):
             yield
         finally:
             self.plan = before
+            self.shared = None  # left over if a pass failed between siblings
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,8 @@ _MOST_ON_GPU = 16384
 _LEAST = 256
 # The rest is for adapters, the sampler's cache, logits, and what else runs on the machine.
 _SHARE_OF_FREE = 0.4
+_GRADIENTS_SHARE_OF_FREE = 0.1
+_LEAST_GRADIENT_BYTES = 256 * 2**20
 _TOKENS = 32
 
 
@@ -32,10 +34,12 @@ class Budget:
         tokens: Most tokens of a micro-batch; a longer row goes alone.
         checkpoint_tokens: Most tokens whose activations are kept; a pass of more computes each
             layer a second time in backward.
+        gradient_bytes: Most bytes of gradients in the making, of which every work has its own.
     """
 
     tokens: int
     checkpoint_tokens: int
+    gradient_bytes: int
 
 
 def choose_budget(base: BaseModel, asked: int | None, *, fixed: bool) -> Budget:
@@ -57,7 +61,8 @@ def choose_budget(base: BaseModel, asked: int | None, *, fixed: bool) -> Budget:
         free / 2**30,
         tokens,
     )
-    return Budget(tokens=tokens, checkpoint_tokens=fits)
+    gradients = max(_LEAST_GRADIENT_BYTES, int(_GRADIENTS_SHARE_OF_FREE * free))
+    return Budget(tokens=tokens, checkpoint_tokens=fits, gradient_bytes=gradients)
 
 
 def saved_bytes_per_token(base: BaseModel) -> int:

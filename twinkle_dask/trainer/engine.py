@@ -11,6 +11,7 @@ from typing import TypeVar, assert_never
 import torch
 
 from twinkle_dask.errors import HostLost, InvalidRequest, ServiceFault, TwinkleDaskError
+from twinkle_dask.model.allocator import return_holes
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.trainer.budget import choose_budget
 from twinkle_dask.trainer.lanes import NUMBERS_FOR_LANES, Lanes
@@ -32,6 +33,8 @@ from twinkle_dask.types import ForwardBackward, LoraSpec, OptimStep, RunId, Step
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_CREATED_FOR_TRIM = 50
 
 # Float32 logits of one lane at a time; they stay in a core's cache beside what they are made from.
 _BLOCK_BYTES = 768 * 1024
@@ -99,6 +102,7 @@ class Trainer:
             pass_tokens=config.pass_tokens,
             packed=base.mixes_only_by_attention,
             alone=config.deterministic,
+            gradient_bytes=budget.gradient_bytes,
         )
         block_bytes = _BLOCK_BYTES if on_cpu else config.head_chunk_bytes
         self._passes = PassConfig(
@@ -107,10 +111,11 @@ class Trainer:
             checkpoint_tokens=config.checkpoint_tokens or budget.checkpoint_tokens,
         )
         self._queues = RunQueues()
-        self._residency = Residency(base, self._queues, paging)
+        self._residency = Residency(base, self._queues, paging, lanes=self._lanes.count)
         self._progress: dict[str, Progress] = {}
         self._planned: deque[PlannedPass] = deque()
         self._pass_is_due = False
+        self._created = 0
         self.tokens_done = 0
 
     @property
@@ -174,6 +179,11 @@ class Trainer:
         self._residency.drop(run)
         return works
 
+    def forget_all(self) -> None:
+        """Do ``drop_run`` for every run there is, and every one that there is work for."""
+        for run in self._residency.known():
+            self.drop_run(run)
+
     def step(self) -> list[Completion]:
         """Do one pass, or the next work of each run where that is something else.
 
@@ -220,7 +230,8 @@ class Trainer:
                     steps.append((work, partial(run.step, work.body.adam)))
                     continue
             outcomes[work.id] = _attempt(work, partial(self._do, work))
-        if numbers >= NUMBERS_FOR_LANES:
+        # Sums are cut by threads: a deterministic step has the same ones whoever steps beside it.
+        if numbers >= NUMBERS_FOR_LANES and not self._config.deterministic:
             done = self._lanes.run([(_attempt, *step) for step in steps])
         else:
             done = [_attempt(*step) for step in steps]
@@ -249,13 +260,16 @@ class Trainer:
             limit = self._base.facts.max_rank
             raise InvalidRequest(f"The LoRA rank must be from 1 to {limit}, not {spec.rank}.")
         self._residency.create(name, spec)
+        self._created += 1
+        if self._created % _CREATED_FOR_TRIM == 0:
+            return_holes()
 
     # Passes.
 
     def _next_pass(self) -> list[Completion]:
         ended: list[Completion] = []
         if not self._planned:
-            self._planned.extend(self._micro_batches.next(self._queues))
+            self._planned.extend(self._micro_batches.next(self._queues, self._gradient_bytes))
         while self._planned:
             planned = self._planned.popleft()
             members: dict[Progress, Sequence[int]] = {}
@@ -271,6 +285,14 @@ class Trainer:
             if members:
                 return ended + self._pass(members)
         return ended
+
+    def _gradient_bytes(self, work: Work) -> int:
+        """What a work's own gradients take while it is computed: its sum, and one for each lane."""
+        try:
+            numbers = self._residency.get(work.run).num_weights
+        except TwinkleDaskError:
+            return 0  # it fails when its turn comes
+        return numbers * (4 + self._base.dtype.itemsize * self._lanes.count)
 
     def _progress_of(self, pick: Pick) -> Progress:
         work = pick.work

@@ -60,7 +60,12 @@ class Lanes:
         share = max(1, self._threads // len(calls))
         futures = [self._pool.submit(self._call, share, *call) for call in calls]
         wait(futures)
-        return [future.result() for future in futures]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            # An exception holds this frame: what the slices hold would wait for the collector, just
+            # when their works are tried again for want of memory.
+            del futures
 
     def close(self) -> None:
         """End the threads; nothing may be running."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.model.base import BaseModel
+from twinkle_dask.trainer import pages
 from twinkle_dask.types import Float32Array, LoraSpec
 
 
@@ -84,8 +85,8 @@ class Layout:
                 f"The state does not fit this base model and LoRA configuration: {name} has shape "
                 f"{found.get(name)}, expected {self.shapes.get(name)}."
             )
-        # Memory of torch's, which is aligned for vectors: products may round by alignment.
-        flat = torch.empty(self.size)
+        # Not the arrays' own memory: products may round by alignment, and these are aligned.
+        flat = pages.zeros(self.size, torch.device("cpu"))
         if arrays:
             np.concatenate([arrays[name].ravel() for name in self.shapes], out=flat.numpy())
         return flat.to(device)

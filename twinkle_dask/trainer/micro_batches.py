@@ -1,10 +1,11 @@
 """From the rows whose turn it is to passes over the model: what is computed together, and first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from twinkle_dask.trainer.batch import length_groups
 from twinkle_dask.trainer.queues import Pick, RunQueues
+from twinkle_dask.trainer.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +24,27 @@ class MicroBatches:
         pass_tokens: What one more pass costs, in tokens.
         packed: Rows of any lengths share a pass without padding.
         alone: Each micro-batch holds rows of one work only.
+        gradient_bytes: Most bytes of gradients in the making, over the works of a micro-batch.
     """
 
     tokens: int
     pass_tokens: int
     packed: bool
     alone: bool
+    gradient_bytes: int
 
-    def next(self, queues: RunQueues) -> list[PlannedPass]:
-        """Take the next micro-batch out of the queues; its passes, in the order to compute them."""
+    def next(self, queues: RunQueues, bytes_of: Callable[[Work], int]) -> list[PlannedPass]:
+        """Take the next micro-batch out of the queues; its passes, in the order to compute them.
+
+        Args:
+            queues: Give up the rows.
+            bytes_of: What a work's gradients take while it is computed.
+        """
         passes: list[PlannedPass] = []
-        for picks in self._by_kind(queues.next_batch(self.tokens, alone=self.alone)):
+        batch = queues.next_batch(
+            self.tokens, alone=self.alone, bytes_of=bytes_of, most_bytes=self.gradient_bytes
+        )
+        for picks in self._by_kind(batch):
             for now in self._small_first(picks):
                 passes += [PlannedPass(now)] if self.packed else self._by_length(now)
         return passes

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twinkle_dask.trainer import pages
 from twinkle_dask.types import AdamParams
 
 # Weights are updated a piece at a time, so that what the update changed can be measured without
@@ -40,7 +41,7 @@ class Moments:
     @classmethod
     def fresh(cls, weights: Tensor) -> "Moments":
         """Moments before the first step."""
-        return cls(0, torch.zeros_like(weights), torch.zeros_like(weights))
+        return cls(0, *(pages.zeros(len(weights), weights.device) for _ in range(2)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,9 +101,15 @@ class Pager:
         """Copy buffers to the device, bit for bit; their file is gone afterwards.
 
         The future raises OSError if they cannot be read back; then they are lost.
+
+        Raises:
+            MemoryError: The device has no memory for them now; nothing has changed.
         """
         # Here, so that the memory belongs to the engine's stream like that of any other tensor.
-        places = [torch.empty(len(t), device=self._device) for t in paged.buffers.tensors]
+        try:
+            places = [torch.empty(len(t), device=self._device) for t in paged.buffers.tensors]
+        except RuntimeError as error:  # torch's, on whatever device
+            raise MemoryError(str(error)) from error
         return self._pool.submit(self._in, paged, paged.buffers.with_tensors(places), self._mark())
 
     def discard(self, paged: Paged) -> None:

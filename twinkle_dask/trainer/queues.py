@@ -16,7 +16,7 @@ what has begun goes on, and nothing else of it begins.
 import heapq
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -150,7 +150,14 @@ class RunQueues:
         """Whether ``next_batch`` would give any."""
         return any(tenant.ready for tenant in self._tenants.values())
 
-    def next_batch(self, token_budget: int, *, alone: bool = False) -> list[Pick]:
+    def next_batch(
+        self,
+        token_budget: int,
+        *,
+        alone: bool = False,
+        bytes_of: Callable[[Work], int] = lambda _: 0,
+        most_bytes: int = 0,
+    ) -> list[Pick]:
         """Hand out the rows of the next micro-batch, fairest first.
 
         They exceed the budget only when a single row does. A row is handed out once, unless
@@ -159,6 +166,8 @@ class RunQueues:
         Args:
             token_budget: Most tokens of all rows together.
             alone: Rows of one work only; what they are then depends on that work and the budget.
+            bytes_of: Memory that a work takes while it is computed, besides that of its tokens.
+            most_bytes: Bound of that over all works that learn; a single one may exceed it.
 
         Returns:
             One pick for each work, in order of their first row; empty if no rows are left.
@@ -172,7 +181,7 @@ class RunQueues:
         heap = [(t.served, t.ready[0].age, t) for t in ([first] if alone else active)]
         heapq.heapify(heap)
         taken: dict[str, tuple[_Open, list[int]]] = {}
-        tokens = 0
+        tokens = num_bytes = 0
         while heap:
             served, _, tenant = heap[0]
             entry = tenant.ready[0]
@@ -181,6 +190,10 @@ class RunQueues:
                 or (entry.work.id not in taken and (alone or entry.alone))
             ):
                 break
+            if entry.work.id not in taken and entry.body.backward:
+                num_bytes += bytes_of(entry.work)
+                if taken and num_bytes > most_bytes:
+                    break
             tokens += entry.next_tokens
             self._clock = max(self._clock, served)
             tenant.served += entry.next_tokens

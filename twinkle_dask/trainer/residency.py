@@ -48,11 +48,15 @@ class Residency:
         base: For which runs are.
         queues: Told which runs to hold.
         config: None bounds nothing.
+        lanes: Most slices of one pass, each of which has a gradient of its own.
     """
 
-    def __init__(self, base: BaseModel, queues: RunQueues, config: PagingConfig | None) -> None:
+    def __init__(
+        self, base: BaseModel, queues: RunQueues, config: PagingConfig | None, *, lanes: int = 1
+    ) -> None:
         self._base = base
         self._queues = queues
+        self._lanes = lanes
         self._layouts = Layouts(base)
         self._limit = None if config is None else config.device_bytes
         self._pager = None if config is None else Pager(config, base.device)
@@ -63,6 +67,7 @@ class Residency:
         self._waiting = WaitingLine()
         self._to_read: dict[RunId, LoadState] = {}
         self._lost: set[RunId] = set()
+        self._at_work: set[RunId] = set()  # has work, whether it exists or not
         self._moved: deque[tuple[RunId, Slot, Future[Any]]] = deque()
         self._counted = 0
         self._leaving_bytes = 0
@@ -75,6 +80,10 @@ class Residency:
     def names(self) -> tuple[RunId, ...]:
         """The runs that exist, wherever they are."""
         return tuple(name for name, slot in self._slots.items() if slot.exists)
+
+    def known(self) -> tuple[RunId, ...]:
+        """The runs that exist, were lost, or have work; all that ``drop`` may free something of."""
+        return tuple({**dict.fromkeys(self._slots), **dict.fromkeys(self._at_work | self._lost)})
 
     def get(self, name: RunId) -> Run:
         """A run that is active.
@@ -127,10 +136,12 @@ class Residency:
     def drop(self, name: RunId) -> None:
         """Free everything of a run, whose work was cancelled before."""
         self._lost.discard(name)
+        self._at_work.discard(name)
         self._forget(name)
 
     def work_added(self, work: Work) -> None:
         """A run has more work than before."""
+        self._at_work.add(work.run)
         self._look(work.run)
 
     def work_ended(self, name: RunId, *, stepped: bool) -> None:
@@ -192,7 +203,7 @@ class Residency:
             "taken by runs that have work in progress; this run goes on in its turn."
         )
         problem = self._no_room
-        return why if problem is None else f"{why} Idle runs cannot be written out: {problem}"
+        return why if problem is None else f"{why} {problem}"
 
     def close(self) -> None:
         """Remove what lies in files, and end the threads."""
@@ -207,6 +218,8 @@ class Residency:
         """Do what follows from the work that a run has now."""
         front = self._queues.front(name)
         slot = self._slots.get(name)
+        if front is None:
+            self._at_work.discard(name)
         if slot is None:
             self._look_at_absent(name, front)
         elif front is None and slot.place is Place.ACTIVE:
@@ -253,7 +266,10 @@ class Residency:
         """Whether a place may be kept; what cannot be is refused when its turn comes."""
         if not 1 <= spec.rank <= self._base.facts.max_rank:
             return False
-        return self._limit is None or self._full_bytes(spec) <= self._limit
+        try:
+            return self._limit is None or self._full_bytes(spec) <= self._limit
+        except InvalidRequest:  # it names nothing that this model has
+            return False
 
     def _check_size(self, spec: LoraSpec) -> None:
         if self._limit is not None and (needed := self._full_bytes(spec)) > self._limit:
@@ -266,10 +282,13 @@ class Residency:
     def _full_bytes(self, spec: LoraSpec) -> int:
         """A run's size while it trains.
 
-        Float32 weights, two moments, a gradient, one in the making; and of the latter and of the
-        weights a copy in the dtype of the computation.
+        Float32 weights, two moments, a gradient, one in the making; of the weights a copy in the
+        dtype of the computation; and what each slice of a pass adds to the gradient, which is in
+        that dtype too, apart from the head's.
         """
-        return self._layouts.of(spec).size * (5 * 4 + 2 * self._base.dtype.itemsize)
+        layout, itemsize = self._layouts.of(spec), self._base.dtype.itemsize
+        of_slice = layout.body_size * itemsize + (layout.size - layout.body_size) * 4
+        return layout.size * (5 * 4 + itemsize) + self._lanes * of_slice
 
     def _fresh(self, spec: LoraSpec) -> Run:
         state = RunState(adapter=init_adapter(self._base.targets(spec), spec))
@@ -283,7 +302,8 @@ class Residency:
             assert front is not None
             slot = self._new_slot(name, run.spec, front.tenant)
             self._count(name, slot, slot.full_bytes, Place.ACTIVE)
-        slot.spec, slot.run, slot.exists = run.spec, run, True
+        # Another work may have been to make it, and was cancelled.
+        slot.spec, slot.run, slot.exists, slot.made = run.spec, run, True, None
         self._lost.discard(name)
 
     def _new_slot(self, name: RunId, spec: LoraSpec, tenant: TenantId) -> Slot:
@@ -355,8 +375,7 @@ class Residency:
         if excess > 0:
             self._make_room(name, excess)
             return False
-        self._enter(name)
-        return True
+        return self._enter(name)
 
     def _admit_what_fits(self) -> None:
         """While nobody can leave, everybody who is here should get on."""
@@ -387,11 +406,19 @@ class Residency:
         assert spec is not None
         return spec
 
-    def _enter(self, name: RunId) -> None:
-        """Give a waiting run its place."""
+    def _enter(self, name: RunId) -> bool:
+        """Give a waiting run its place. False if there is no memory; it goes on waiting then."""
         spec = self._spec(name)
         front = self._queues.front(name)
         slot = self._slots.get(name)
+        coming: Future[Buffers] | None = None
+        if slot is not None and slot.paged is not None:
+            assert self._pager is not None
+            try:
+                coming = self._pager.page_in(slot.paged)
+            except MemoryError as error:
+                self._no_memory(error, slot)
+                return False
         tenant = self._waiting.tenant(name)
         self._waiting.remove(name)
         if slot is None:
@@ -399,11 +426,9 @@ class Residency:
         slot.ended, slot.turn_is_over = 0, False
         if slot.place is Place.RESTING:
             self._activate(name, slot)
-        elif slot.exists:
+        elif coming is not None:
             self._count(name, slot, slot.full_bytes, Place.ENTERING)
-            assert slot.paged is not None
-            assert self._pager is not None
-            self._watch(name, slot, self._pager.page_in(slot.paged))
+            self._watch(name, slot, coming)
         elif front is not None and isinstance(front.body, CreateRun) and self._pager is not None:
             self._count(name, slot, slot.full_bytes, Place.ENTERING)
             # Aside, since others should not wait: SmolLM2-135M takes 130 ms at rank 32.
@@ -411,6 +436,18 @@ class Residency:
             self._watch(name, slot, slot.made)
         else:
             self._activate(name, slot)
+        return True
+
+    def _no_memory(self, error: MemoryError, slot: Slot) -> None:
+        """Others hold more of the device than is counted; idle runs leave, and all try again."""
+        if self._no_room is not None:
+            return
+        logger.warning("No memory for a run that has a place, it waits: %s", error)
+        missing = slot.full_bytes - self._leaving_bytes
+        while missing > 0 and self._idle:
+            missing -= self._evict(next(iter(self._idle)))
+        self._set_no_room("The device has no memory left for it at the moment.")
+        self._due = True  # whoever fits should get on meanwhile
 
     def _activate(self, name: RunId, slot: Slot) -> None:
         self._count(name, slot, slot.full_bytes, Place.ACTIVE)
@@ -497,11 +534,15 @@ class Residency:
             self._count(name, slot, slot.counted, Place.RESTING)
             if self._no_room is None:
                 logger.warning("Idle runs stay in memory, they cannot be written: %s", error)
-                self._no_room = str(error)
-                self._retry = threading.Timer(_RETRY_S, self._try_again)
-                self._retry.daemon = True
-                self._retry.start()
+                self._set_no_room(f"Idle runs cannot be written out: {error}")
         self._look(name)
+
+    def _set_no_room(self, why: str) -> None:
+        """Ask nobody to leave for a while, and let everybody on who can be."""
+        self._no_room = why
+        self._retry = threading.Timer(_RETRY_S, self._try_again)
+        self._retry.daemon = True
+        self._retry.start()
 
     def _try_again(self) -> None:
         self._no_room = None

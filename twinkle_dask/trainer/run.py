@@ -166,9 +166,12 @@ class Run:
         Raises:
             InvalidRequest: The sum of the gradients overflowed; it is dropped, no step was taken.
         """
-        gradient, self._gradient = self._gradient, None
+        gradient = self._gradient
         if gradient is None:
             return StepResult(metrics={"grad_norm:mean": 0.0})
+        # Before anything changes, should there be no memory for them.
+        moments = self._moments or Moments.fresh(self._weights)
+        self._gradient = None
         grad_norm = float(norm(gradient)) if self._grad_norm is None else self._grad_norm
         self._grad_norm = None
         if not isfinite(grad_norm):
@@ -177,9 +180,8 @@ class Run:
             )
         if (scale := clip_scale(grad_norm, adam.grad_clip_norm)) < 1.0:
             gradient *= scale
-        if self._moments is None:
-            self._moments = Moments.fresh(self._weights)
-        norms = adamw_step(self._weights, gradient, self._moments, adam)
+        self._moments = moments
+        norms = adamw_step(self._weights, gradient, moments, adam)
         self._finite = isfinite(norms.weight)
         if self._adapter is not None:
             self._adapter.touch()
@@ -188,7 +190,7 @@ class Run:
             "update_norm:mean": norms.update,
             "weight_norm:mean": norms.weight,
             "learning_rate:mean": adam.learning_rate,
-            "step:max": float(self._moments.step),
+            "step:max": float(moments.step),
         }
         return StepResult(metrics=metrics)
 
