@@ -34,8 +34,7 @@ STATUS: Mapping[type[errors.TwinkleDaskError], int] = {
     errors.Saturated: 429,
     errors.HostLost: 500,
     errors.StorageFailed: 500,
-    errors.StartupError: 500,
-    errors.CannotSample: 500,
+    errors.CannotSample: 500,  # of a start, like every StartupError: no request raises it
 }
 # No such status exists; nobody is left to read it, but the access log is.
 CLIENT_LEFT = 499
