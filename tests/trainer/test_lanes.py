@@ -68,3 +68,9 @@ def test_a_failure_is_raised_after_all_have_ended() -> None:
         lanes.run([(fail,), (ended.append, 1)])
     assert ended == [1]
     lanes.close()
+
+
+def test_more_calls_than_lanes_share_the_threads_by_lane() -> None:
+    lanes = Lanes(threads=4, count=2)
+    assert lanes.run([(torch.get_num_threads,)] * 5) == [2] * 5
+    lanes.close()

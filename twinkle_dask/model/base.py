@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from twinkle_dask.errors import StartupError
 from twinkle_dask.model import attention
-from twinkle_dask.model.experts import AdaptedExperts, can_adapt, over_positions
+from twinkle_dask.model.experts import AdaptedExperts, can_adapt
 from twinkle_dask.model.linears import AdaptedLinear, Siblings
 from twinkle_dask.model.lora import BatchPlan, PlanContext, add_adapters
 from twinkle_dask.model.mixing import why_padded
@@ -153,7 +153,7 @@ class BaseModel:
             cache: Read and extended in place if given.
         """
         if self._experts:  # they, and what shares their layer, see tokens without their rows
-            plan = over_positions(plan, *tokens_BL.shape)
+            plan = plan.flattened(*tokens_BL.shape)
         with self._context.use(plan):
             output = self._body(
                 input_ids=tokens_BL,

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from twinkle_dask.model.lora import BatchPlan, PlanContext, Segment
+from twinkle_dask.model.lora import PlanContext, Segment
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
@@ -98,22 +98,6 @@ class AdaptedExperts:
         learns = any(piece.grad_a_ERD is not None for piece in pieces)
         anchor = self._context.anchor if learns and torch.is_grad_enabled() else None
         return _apply(x_SD, anchor, weight_EOD, spans, pieces)
-
-
-def over_positions(plan: BatchPlan, num_rows: int, length: int) -> BatchPlan:
-    """The same plan with positions of the flattened (rows, length) in place of rows."""
-    if plan.over_positions:
-        return plan
-    segments: list[Segment] = []
-    for segment in plan.segments:
-        rows = segment.rows
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(num_rows)
-            rows = slice(start * length, stop * length)
-        else:
-            rows = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
-        segments.append(Segment(rows, segment.adapter, segment.grads))
-    return BatchPlan(tuple(segments), over_positions=True)
 
 
 def _sort(

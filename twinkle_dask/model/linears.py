@@ -107,15 +107,12 @@ class _Worn:
 
 def _bundles(paths: Sequence[str], plan: BatchPlan, num_rows: int, length: int) -> list[Bundle]:
     groups: list[list[_Worn]] = []
-    for segment in plan.segments:
+    for segment in plan.flattened(num_rows, length).segments:
         found = [(i, path, segment.adapter.pair(path)) for i, path in enumerate(paths)]
         pairs = [(i, path, *pair) for i, path, pair in found if pair is not None]
         if not pairs:
             continue
-        rows = segment.rows
-        if not plan.over_positions:
-            rows = _positions(rows, num_rows, length)
-        worn = _Worn(segment, rows, pairs)
+        worn = _Worn(segment, segment.rows, pairs)
         if (
             groups
             and worn.follows(groups[-1][-1])
@@ -206,14 +203,6 @@ def _learner(
         for (index, path, _, _), part in zip(worn.pairs, columns, strict=True)
     ]
     return (Learner(worn.rows, local, None if whole else columns, grads_a, grads_b),)
-
-
-def _positions(rows: slice | Tensor, num_rows: int, length: int) -> slice | Tensor:
-    """Positions of whole rows of ``length`` each."""
-    if isinstance(rows, slice):
-        start, stop, _ = rows.indices(num_rows)
-        return slice(start * length, stop * length)
-    return (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

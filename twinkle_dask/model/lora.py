@@ -133,6 +133,21 @@ class BatchPlan:
         self._stacks: dict[tuple[str, int], Stack | None] = {}
         self._memory: dict[Hashable, Tensor] = {}
 
+    def flattened(self, num_rows: int, length: int) -> "BatchPlan":
+        """The same plan over positions of the flattened (``num_rows``, ``length``)."""
+        if self.over_positions:
+            return self
+        segments: list[Segment] = []
+        for segment in self.segments:
+            rows = segment.rows
+            if isinstance(rows, slice):
+                start, stop, _ = rows.indices(num_rows)
+                rows = slice(start * length, stop * length)
+            else:
+                rows = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
+            segments.append(Segment(rows, segment.adapter, segment.grads))
+        return BatchPlan(tuple(segments), over_positions=True)
+
     def remember(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gave the first time under this key."""
         if key not in self._memory:

@@ -152,7 +152,8 @@ class Trainer:
         """Queue work behind everything else of its run; its completion comes out of ``step``.
 
         Raises:
-            ValueError: Work of this id is queued already.
+            ValueError: Work of this id is queued already. What is wrong with the work itself comes
+                out of ``step``.
         """
         self._queues.add(work)
         self._residency.work_added(work)

@@ -44,8 +44,8 @@ def run_pass(
     """Forward, losses, and backward, which is added to the parts' ``gradient`` at the very end.
 
     Raises:
-        InvalidRequest: A row is not what the model can read. Whatever is raised, nothing was added
-            to any gradient.
+        InvalidRequest: A row is not what the model can read. Whatever is raised, the parts'
+            gradients are of no use then: some may have been added to.
 
     Returns:
         For each part and datum: logprobs of the shape of its targets, and its summed loss, which
