@@ -22,7 +22,7 @@ from twinkle_dask.types import (
 from twinkle_dask_gateway.tinker import tinker_pb2 as pb
 from twinkle_dask_gateway.tinker.counting import check_counts
 from twinkle_dask_gateway.tinker.tensors import Array, Growth, datum_of, dense, sparse
-from twinkle_dask_gateway.tinker.wire import MAX_ID_LENGTH
+from twinkle_dask_gateway.tinker.wire.base import MAX_ID_LENGTH
 
 _T = TypeVar("_T", bound=np.generic)
 

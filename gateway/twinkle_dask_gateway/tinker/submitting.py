@@ -11,7 +11,7 @@ from twinkle_dask.errors import RequestError
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.values import Tenant
 from twinkle_dask.types import RunId
-from twinkle_dask_gateway.tinker.wire import MAX_RUN_SEQ
+from twinkle_dask_gateway.tinker.wire.base import MAX_RUN_SEQ
 
 
 @dataclass(slots=True)

@@ -1,0 +1,27 @@
+"""What all answers have in common."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Reply(BaseModel):
+    """An answer; clients ignore fields they do not know."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class Status(Reply):
+    """``healthz``, ``telemetry``."""
+
+    status: str
+
+
+class Empty(Reply):
+    """Nothing to say; a typed client still wants JSON."""
+
+
+class Cursor(Reply):
+    """Where a page lies in the whole list."""
+
+    offset: int
+    limit: int
+    total_count: int

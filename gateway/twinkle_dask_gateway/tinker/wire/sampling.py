@@ -1,0 +1,43 @@
+"""Bodies that make samplers and draw from them."""
+
+from pydantic import model_validator
+
+from twinkle_dask_gateway.tinker.wire.base import Asked, Id, Seq
+from twinkle_dask_gateway.tinker.wire.values import ModelInput
+
+
+class CreateSamplingSession(Asked):
+    """``POST create_sampling_session``; the checkpoint wins over the model."""
+
+    session_id: Id
+    sampling_session_seq_id: Seq
+    base_model: str | None = None
+    model_path: str | None = None
+
+    @model_validator(mode="after")
+    def _something_to_sample_from(self) -> "CreateSamplingSession":
+        if self.base_model is None and self.model_path is None:
+            raise ValueError("give base_model or model_path")
+        return self
+
+
+class SamplingParams(Asked):
+    """How to draw; ``stop`` absent and ``stop`` empty differ."""
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class Sample(Asked):
+    """``POST asample``."""
+
+    sampling_session_id: Id
+    seq_id: Seq | None = None
+    num_samples: int = 1
+    prompt: ModelInput
+    sampling_params: SamplingParams
+    prompt_logprobs: bool | None = None

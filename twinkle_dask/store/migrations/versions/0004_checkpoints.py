@@ -1,0 +1,8 @@
+"""Checkpoints that are exported, copied and shared."""
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    """Nothing yet."""

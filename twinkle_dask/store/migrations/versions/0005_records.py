@@ -1,0 +1,8 @@
+"""Audit events, usage, signing keys, projects."""
+
+revision = "0005"
+down_revision = "0004"
+
+
+def upgrade() -> None:
+    """Nothing yet."""

@@ -1,0 +1,8 @@
+"""Loss functions that tenants define."""
+
+revision = "0006"
+down_revision = "0005"
+
+
+def upgrade() -> None:
+    """Nothing yet."""
