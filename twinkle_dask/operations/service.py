@@ -11,6 +11,7 @@ import structlog
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import ServiceConfig
 from twinkle_dask.operations import validation
+from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
@@ -48,6 +49,7 @@ class Service:
     sampling: Sampling
     checkpoints: Checkpoints
     tickets: TicketBoard
+    audit: Audit
     supervisor: Supervisor
     made_key: str | None
 
@@ -93,6 +95,7 @@ async def open_service(
         await supervisor.start()
         facts = {model.source: supervisor.facts(model.source) for model in config.models.values()}
         catalogue = Catalogue.of(config, facts)
+        audit = Audit(store)
         sessions = Sessions(store)
         checkpoints = Checkpoints(store, blobs)
         quotas = Quotas.of(config.limits)
@@ -154,6 +157,7 @@ async def open_service(
                 sampling=sampling,
                 checkpoints=checkpoints,
                 tickets=tickets,
+                audit=audit,
                 supervisor=supervisor,
                 made_key=made_key,
             )

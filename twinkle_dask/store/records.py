@@ -188,3 +188,29 @@ class CheckpointRecord:
     user_metadata: Json = field(default_factory=Json)
     created_at: datetime
     expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """Random bytes that this service made for itself, for example to sign with."""
+
+    name: str
+    value: bytes = field(repr=False)
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRecord:
+    """Something that somebody did and that is worth knowing later.
+
+    Attributes:
+        id: A uuid in hex.
+        event: ``<family>.<what>``, for example ``checkpoints.published``.
+        details: Strings by name: the object's address, the key that was used.
+    """
+
+    id: str
+    tenant_id: TenantId
+    event: str
+    details: Json
+    created_at: datetime

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinkle_dask.store.audit import AuditEvents
 from twinkle_dask.store.checkpoints import Checkpoints
 from twinkle_dask.store.database import Database
 from twinkle_dask.store.journal import Journal
 from twinkle_dask.store.keys import Keys
 from twinkle_dask.store.runs import Runs
 from twinkle_dask.store.samplers import Samplers
+from twinkle_dask.store.secrets import Secrets
 from twinkle_dask.store.sessions import Sessions
 
 
@@ -32,6 +34,8 @@ class Store:
     samplers: Samplers
     journal: Journal
     checkpoints: Checkpoints
+    secrets: Secrets
+    audit: AuditEvents
     _database: Database
 
     @classmethod
@@ -53,6 +57,8 @@ class Store:
             samplers=Samplers(database),
             journal=Journal(database),
             checkpoints=Checkpoints(database),
+            secrets=Secrets(database),
+            audit=AuditEvents(database),
             _database=database,
         )
 

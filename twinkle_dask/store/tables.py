@@ -222,3 +222,22 @@ checkpoints = Table(
     UniqueConstraint("run_id", "kind", "name"),
     Index(None, "tenant_id", "created_at"),
 )
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+audit_events = Table(
+    "audit_events",
+    metadata,
+    Column("id", String, primary_key=True),
+    _text("tenant_id"),
+    _text("event"),
+    Column("details", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Index(None, "tenant_id", "created_at"),
+)
