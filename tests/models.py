@@ -1,5 +1,6 @@
 """Small random models with real tokenizers, written as Hugging Face folders in a second or two."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import safetensors.numpy
 import tokenizers
 import torch
 import transformers
+from PIL import Image as PilImage
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -92,6 +94,42 @@ def tiny_family(folder: Path, family: str, *, seed: int = 0, **config: object) -
     """A random model of one of ``FAMILIES``: vocabulary 512, hidden 64, windows of 16 tokens."""
     name, settings = FAMILIES[family]
     return _write(folder, getattr(_hf, name)(**settings | config), tokenizer=False, seed=seed)
+
+
+def tiny_seeing(
+    folder: Path, family: str = "llava", *, tokenizer: bool = False, seed: int = 0, **text: object
+) -> Path:
+    """A random model of one of ``SEEING_FAMILIES``, around a Llama; it takes 32 by 32 pixels.
+
+    Any image takes 16 positions (llava) or 4 (the others). Token 3 is its placeholder.
+    """
+    name, vision, settings, processor_name, processing = SEEING_FAMILIES[family]
+    decoder: Any = _SMALL | {"model_type": "llama", "tie_word_embeddings": False} | text
+    eyes = _EYES | {"model_type": vision} if vision else _EYES
+    config = getattr(_hf, name)(
+        text_config=decoder, vision_config=eyes, image_token_id=3, **settings
+    )
+    _write(
+        folder,
+        config,
+        tokenizer=tokenizer,
+        seed=seed,
+        auto_class=_hf.AutoModelForImageTextToText,
+        vocab_size=decoder["vocab_size"],
+    )
+    getattr(_hf, processor_name)(**processing).save_pretrained(folder)
+    return folder
+
+
+def encoded_image(seed: int, size: tuple[int, int] = (32, 32), format_: str = "PNG") -> bytes:
+    """A random image as a file; ``size`` is width and height."""
+    rng = np.random.default_rng(seed)
+    # Large areas of one colour, which JPEG leaves as they are.
+    colours = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    image = PilImage.fromarray(colours).resize(size, PilImage.Resampling.NEAREST)
+    image.save(file, format_)
+    return file.getvalue()
 
 
 def llama_as_gguf(folder: Path, file: Path) -> None:
@@ -208,17 +246,63 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _write(folder: Path, config: Any, *, tokenizer: bool, seed: int) -> Path:
+_EYES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_SPLITTING = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+_SQUARE = {"height": 32, "width": 32}
+# Class of the configuration, type of its vision part and what else it says; class of the image
+# processor and its settings.
+SEEING_FAMILIES: dict[str, tuple[str, str | None, dict[str, Any], str, dict[str, Any]]] = {
+    "llava": (
+        "LlavaConfig",
+        "clip_vision_model",
+        {"image_seq_length": 16},
+        "CLIPImageProcessorPil",
+        {"size": {"shortest_edge": 32}, "crop_size": _SQUARE},
+    ),
+    "internvl": (
+        "InternVLConfig",
+        "internvl_vision",
+        {"image_seq_length": 4},
+        "GotOcr2ImageProcessorPil",
+        {"size": _SQUARE, "crop_to_patches": True},
+    ),
+    "idefics3": (
+        "Idefics3Config",
+        None,
+        {"scale_factor": 2},
+        "Idefics3ImageProcessorPil",
+        _SPLITTING,
+    ),
+    "smolvlm": ("SmolVLMConfig", None, {"scale_factor": 2}, "SmolVLMImageProcessorPil", _SPLITTING),
+}
+
+
+def _write(
+    folder: Path,
+    config: Any,
+    *,
+    tokenizer: bool,
+    seed: int,
+    auto_class: Any = _hf.AutoModelForCausalLM,
+    vocab_size: int | None = None,
+) -> Path:
     with _torch.random.fork_rng():
         _torch.manual_seed(seed)
-        model = _hf.AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
     model.generation_config = _hf.GenerationConfig(
         eos_token_id=[SPECIAL_TOKENS.index(name) for name in ("<|im_end|>", "<|endoftext|>")],
         pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
     )
     model.save_pretrained(folder)
     if tokenizer:
-        _tokenizer(config.vocab_size).save_pretrained(folder)
+        _tokenizer(vocab_size or config.vocab_size).save_pretrained(folder)
     return folder
 
 

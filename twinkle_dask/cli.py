@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from twinkle_dask import cli_keys
 from twinkle_dask.errors import StartupError, TwinkleDaskError
 
 app = typer.Typer(
@@ -15,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(cli_keys.app, name="keys")
 
 Models = Annotated[
     list[str] | None,

@@ -19,6 +19,7 @@ from twinkle_dask.errors import StartupError
 ENVIRONMENT_PREFIX = "TWINKLE_DASK_"
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_URL = re.compile(r"https?://[A-Za-z0-9._~:\[\]-]+(/[A-Za-z0-9._~-]+)*/?")
 _HOST_AND_PORT = re.compile(r".+:[0-9]{1,5}")
 
 
@@ -62,6 +63,11 @@ class LimitConfig(Settings):
         max_rank: Largest LoRA rank.
         max_data: Most data in one ``forward_backward``.
         max_samples: Largest ``num_samples``.
+        max_alternatives: Most tokens that a sample request may have named or drawn at one place.
+        max_answer_bytes: Largest answer with the logprobs of such tokens, to one sample request.
+        max_images: Most images in one request.
+        max_image_bytes: Largest image, as a file.
+        max_image_pixels: Largest image, as width times height.
         max_queued_operations: Operations waiting in one run.
         max_queued_bytes: Of requests that wait or are in progress, per tenant.
         max_runs: Runs of sessions that are alive, per tenant.
@@ -74,6 +80,11 @@ class LimitConfig(Settings):
     max_rank: int = Field(default=256, gt=0)
     max_data: int = Field(default=16384, gt=0)
     max_samples: int = Field(default=1024, gt=0)
+    max_alternatives: int = Field(default=1024, gt=0)
+    max_answer_bytes: int = Field(default=64 * 2**20, gt=0)
+    max_images: int = Field(default=1024, gt=0)
+    max_image_bytes: int = Field(default=16 * 2**20, gt=0)
+    max_image_pixels: int = Field(default=2**24, gt=0, le=2**26)
     max_queued_operations: int = Field(default=4096, gt=0)
     max_queued_bytes: int = Field(default=2 * 2**30, gt=0)
     max_runs: int = Field(default=4096, gt=0)
@@ -91,6 +102,8 @@ class JournalConfig(Settings):
         keep_finished_s: An undelivered one.
         prune_interval_s: Time between clean-ups.
         gap_grace_s: An operation whose predecessor never arrives starts after so long.
+        keep_idle_weights_s: Weights saved for one sampler alone are removed after so long without a
+            sample, but for the newest of each run.
     """
 
     snapshot_operations: int = Field(default=100, gt=0)
@@ -99,6 +112,7 @@ class JournalConfig(Settings):
     keep_finished_s: float = Field(default=86400.0, gt=0)
     prune_interval_s: float = Field(default=30.0, gt=0)
     gap_grace_s: float = Field(default=2.0, gt=0)
+    keep_idle_weights_s: float = Field(default=7200.0, gt=0)
 
 
 class EngineConfig(Settings):
@@ -126,6 +140,32 @@ class EngineConfig(Settings):
     deterministic: bool = False
 
 
+class TokenConfig(Settings):
+    """Tokens (JWT) that Tinker clients get for their API key and send in its place.
+
+    Attributes:
+        enabled: Tell clients to ask for one; without, tokens are neither given nor taken.
+        lifetime_s: How long one is valid. Clients ask for the next at half of it.
+    """
+
+    enabled: bool = True
+    lifetime_s: float = Field(default=3600.0, ge=120.0, le=30 * 86400.0)
+
+
+class NoticeConfig(Settings):
+    """What every new session is told; the Tinker SDK logs it at the level of that name.
+
+    Attributes:
+        info: For example a planned restart.
+        warning: For example a disk that is getting full.
+        error: For example that this server is about to go away.
+    """
+
+    info: str | None = None
+    warning: str | None = None
+    error: str | None = None
+
+
 class ServiceConfig(Settings):
     """Everything ``twinkle-dask serve`` can be told.
 
@@ -141,7 +181,11 @@ class ServiceConfig(Settings):
         dtype: Of the base weights.
         dashboard: ``HOST:PORT`` of the embedded cluster's Dask dashboard; None is off.
         compress_uploads: Tell clients to compress training data (zstd).
+        custom_losses: Compute loss functions that tenants define; without, their clients do.
+        multiplex_polls: Tell clients to poll for all samples of a sampler in one request.
         url_prefix: Path in front of every route, for example ``/tinker``.
+        public_url: Where clients reach the service, as they are told it (with the prefix, if any);
+            addresses of downloads begin with it. None takes the address of each request.
         log_level: Least severe level written to standard error.
         start_timeout_s: Longest wait for workers and model loading.
     """
@@ -157,12 +201,17 @@ class ServiceConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     dashboard: str | None = None
     compress_uploads: bool = False
+    custom_losses: bool = True
+    multiplex_polls: bool = False
     url_prefix: str = ""
+    public_url: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     start_timeout_s: float = Field(default=900.0, gt=0)
     limits: LimitConfig = LimitConfig()
     journal: JournalConfig = JournalConfig()
     engine: EngineConfig = EngineConfig()
+    tokens: TokenConfig = TokenConfig()
+    notices: NoticeConfig = NoticeConfig()
 
     @field_validator("models", mode="before")
     @classmethod
@@ -189,6 +238,15 @@ class ServiceConfig(Settings):
             raise ValueError(f"a prefix looks like '/a/b', not {value!r}")
         return value
 
+    @field_validator("public_url")
+    @classmethod
+    def _url_form(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not _URL.fullmatch(value):
+            raise ValueError(f"a public URL looks like 'https://host/a/b', not {value!r}")
+        return value.rstrip("/")
+
     @field_validator("dashboard")
     @classmethod
     def _dashboard_form(cls, value: str | None) -> str | None:
@@ -212,6 +270,29 @@ class ServiceConfig(Settings):
         return self.host in {"127.0.0.1", "localhost", "::1"} or self.host.startswith("127.")
 
 
+class Places(BaseModel):
+    """Where a service keeps its records: all of its settings that other commands need."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    data_dir: Path = Path("twinkle-data")
+    database_url: str | None = None
+
+
+def load_places(
+    file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+) -> Places:
+    """As ``load_config``, for commands beside the server; a file is not needed.
+
+    Raises:
+        StartupError: Unreadable file, or a value of the wrong kind.
+    """
+    try:
+        return Places.model_validate(_merged(file, flags, environment))
+    except ValidationError as error:
+        raise StartupError(_explain(error)) from None
+
+
 def load_config(
     file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ
 ) -> ServiceConfig:
@@ -226,15 +307,21 @@ def load_config(
     Raises:
         StartupError: Unreadable file, unknown key, or a value of the wrong kind.
     """
+    try:
+        return ServiceConfig.model_validate(_merged(file, flags, environment))
+    except ValidationError as error:
+        raise StartupError(_explain(error)) from None
+
+
+def _merged(
+    file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     if file is not None:
         merged = _read(file)
     _merge(merged, _from_environment(environment))
     _merge(merged, {key: value for key, value in flags.items() if value is not None})
-    try:
-        return ServiceConfig.model_validate(merged)
-    except ValidationError as error:
-        raise StartupError(_explain(error)) from None
+    return merged
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -293,5 +380,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_names() -> list[str]:
-    groups = (ServiceConfig, ModelConfig, LimitConfig, JournalConfig, EngineConfig)
+    groups = (
+        ServiceConfig,
+        ModelConfig,
+        LimitConfig,
+        JournalConfig,
+        EngineConfig,
+        TokenConfig,
+        NoticeConfig,
+    )
     return [name for group in groups for name in group.model_fields]

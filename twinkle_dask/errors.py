@@ -59,6 +59,10 @@ class NotAuthenticated(RequestError):
     """The API key is missing or unknown."""
 
 
+class TokenRejected(RequestError):
+    """A token that was given for an API key is not valid any more, or never was."""
+
+
 class OutOfOrder(RequestError):
     """A sequence number came after its run had moved past it."""
 

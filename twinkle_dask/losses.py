@@ -88,7 +88,7 @@ def loss_spec(name: str, config: Mapping[str, float]) -> LossSpec:
     try:
         loss = LossName(name)
     except ValueError:
-        known = ", ".join(sorted(LossName))
+        known = ", ".join([*sorted(LossName), "custom"])
         raise InvalidRequest(f"Unknown loss {name[:60]!r}. This service has: {known}.") from None
     defaults = LOSSES[loss].defaults
     if unknown := sorted(config.keys() - defaults.keys()):

@@ -27,9 +27,13 @@ import orjson
 
 from twinkle_dask.types import (
     AdamParams,
+    CsrLayout,
+    CustomLoss,
     Datum,
     ForwardBackward,
     ForwardBackwardResult,
+    Image,
+    ImageFacts,
     LoraSpec,
     LossName,
     LossSpec,
@@ -39,9 +43,12 @@ from twinkle_dask.types import (
     SampleRequest,
     SampleResult,
     SamplingParams,
+    ScoredTokens,
     StepResult,
     Stop,
     StopReason,
+    TargetLogprobs,
+    TargetTokens,
 )
 
 VERSION: Final = 1
@@ -65,9 +72,13 @@ def register(*classes: type[Any]) -> None:
 
 register(
     AdamParams,
+    CsrLayout,
+    CustomLoss,
     Datum,
     ForwardBackward,
     ForwardBackwardResult,
+    Image,
+    ImageFacts,
     LoraSpec,
     LossName,
     LossSpec,
@@ -77,9 +88,12 @@ register(
     SampleResult,
     SampledSequence,
     SamplingParams,
+    ScoredTokens,
     StepResult,
     Stop,
     StopReason,
+    TargetLogprobs,
+    TargetTokens,
 )
 
 

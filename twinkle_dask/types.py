@@ -65,6 +65,56 @@ class LossSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CustomLoss:
+    """A loss that a tenant has defined; ``twinkle_dask.custom_losses`` says what it may be.
+
+    It travels whole with every batch, so that a replay depends on nothing else.
+
+    Attributes:
+        id: What its session calls it.
+        name: The tenant's word for it, for messages.
+        ranks: Of each input, by name: ``logprobs`` first, then what a datum must have.
+        graph: A checked program, as ``custom_losses.program_of`` reads it.
+    """
+
+    id: str
+    name: str
+    ranks: Mapping[str, int]
+    graph: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a datum must have besides its targets, in order."""
+        return tuple(self.ranks)[1:]
+
+
+Loss: TypeAlias = LossSpec | CustomLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image among the tokens of a row.
+
+    A face hands it over without its positions, since it does not know the model: then it stands
+    between the tokens before and from ``position``. ``operations.images`` makes room for it.
+
+    Attributes:
+        position: Where it begins among the row's tokens.
+        num_positions: How many of the row's tokens stand for it, all of them the model's
+            placeholder; 0 until there is room.
+        format: ``png`` or ``jpeg``.
+        data: The encoded file.
+        expected_positions: What the sender thinks that it takes; None if nothing was said.
+    """
+
+    position: int
+    format: str
+    data: bytes
+    num_positions: int = 0
+    expected_positions: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Datum:
     """One example.
 
@@ -72,11 +122,17 @@ class Datum:
         tokens: Model input, int32 (N,).
         target_tokens: int64 (N,) or (N, K); ``target_tokens[i]`` is predicted at position i.
         loss_inputs: float32 arrays by name, each of the shape of ``target_tokens``.
+        custom_inputs: What a custom loss reads, by name; any shape of its rank, as it was sent.
+        images: In the order of their positions, without overlap.
     """
 
     tokens: Int32Array
     target_tokens: Int64Array
     loss_inputs: Mapping[str, Float32Array]
+    custom_inputs: Mapping[str, Float32Array | Int64Array] = field(
+        default_factory=dict[str, Float32Array | Int64Array]
+    )
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +140,18 @@ class ForwardBackward:
     """Add the gradient of a summed loss to a run, or only evaluate it (``backward=False``)."""
 
     data: tuple[Datum, ...]
-    loss: LossSpec
+    loss: Loss
     backward: bool = True
 
     @property
     def num_tokens(self) -> int:
         """Input tokens over all data."""
         return sum(len(d.tokens) for d in self.data)
+
+    @property
+    def num_image_bytes(self) -> int:
+        """Encoded images over all data."""
+        return sum(len(image.data) for d in self.data for image in d.images)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +185,8 @@ class ForwardBackwardResult:
         logprobs: Per datum, float32 of the shape of its ``target_tokens``: log softmax of the
             unmodified logits at the targets, at zero-weight positions too.
         metrics: Finite numbers under names of the form ``x:suffix`` (the suffix says how chunks
-            combine); ``loss:sum`` is always there. ``docs/losses.md`` lists them.
+            combine); ``loss:sum`` is always there. ``docs/losses.md`` lists them. Those of a
+            custom loss (``custom/``) may be infinite or NaN.
     """
 
     logprobs: tuple[Float32Array, ...]
@@ -177,18 +239,63 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CsrLayout:
+    """Which cells of a matrix are listed: row ``i`` has columns ``col[crow[i]:crow[i + 1]]``.
+
+    The faces see to it that this is so.
+
+    Attributes:
+        crow: int64, one more than there are rows.
+        col: int64 (M,), increasing within a row.
+        num_columns: Width of the matrix.
+    """
+
+    crow: Int64Array
+    col: Int64Array
+    num_columns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetTokens:
+    """Tokens to score in a prompt: row ``i`` after its first ``i + 1`` tokens.
+
+    Attributes:
+        tokens: int64 (N - 1, K), or with a layout (M,), those of its cells. -1 asks for nothing.
+        layout: None where every cell is there.
+    """
+
+    tokens: Int64Array
+    layout: CsrLayout | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
     """Draw ``num_samples`` continuations of a prompt.
 
     Attributes:
         prompt: int32 (N,), N at least 1.
         prompt_logprobs: Also score the prompt.
+        prompt_logprobs_last_n: Score only so many of the prompt's tokens, likeliest ones included.
+        topk_prompt_logprobs: Name and score so many of the likeliest tokens at each place of the
+            prompt but the first.
+        topk_sample_logprobs: The same at each place that is drawn.
+        target_prompt_logprobs: Score these tokens in the prompt.
+        prompt_alt_tokens_k: Draw so many tokens at each place of the prompt but the first.
+        images: In the order of their positions in the prompt, without overlap.
+        recorded: Keep prompt and tokens with the session, for training data to be compared with.
     """
 
     prompt: Int32Array
     params: SamplingParams
     num_samples: int = 1
     prompt_logprobs: bool = False
+    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: TargetTokens | None = None
+    prompt_alt_tokens_k: int = 0
+    images: tuple[Image, ...] = ()
+    recorded: bool = False
 
 
 class StopReason(StrEnum):
@@ -199,29 +306,63 @@ class StopReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTokens:
+    """K tokens at each of N places.
+
+    Attributes:
+        tokens: int32 (N, K).
+        logprobs: float32 (N, K), log softmax of the unmodified logits; NaN where there is no token,
+            which is then 0.
+    """
+
+    tokens: Int32Array
+    logprobs: Float32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetLogprobs:
+    """The scores of ``TargetTokens``: float32 in their shape and layout, 0 where they were -1."""
+
+    logprobs: Float32Array
+    layout: CsrLayout | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampledSequence:
     """One continuation.
 
     Attributes:
         tokens: int32 (M,), the stop token included, M at least 1.
         logprobs: float32 (M,), log softmax of the unmodified logits (temperature 1).
+        topk_logprobs: The likeliest tokens at the M places, likeliest first; None if not asked
+            for.
     """
 
     tokens: Int32Array
     logprobs: Float32Array
     stop_reason: StopReason
+    topk_logprobs: ScoredTokens | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
     """The continuations, in sample order.
 
+    What was not asked for is None.
+
     Attributes:
-        prompt_logprobs: float32 (N,) with NaN at position 0, or None if not asked for.
+        prompt_logprobs: float32 (N,) with NaN at position 0, at images and where not asked for.
+        topk_prompt_logprobs: The likeliest tokens at the N places, likeliest first; none at the
+            first place and where not asked for.
+        target_prompt_logprobs: Of the tokens that were named.
+        prompt_alt_tokens: Drawn for the N - 1 places after the first.
     """
 
     sequences: tuple[SampledSequence, ...]
     prompt_logprobs: Float32Array | None = None
+    topk_prompt_logprobs: ScoredTokens | None = None
+    target_prompt_logprobs: TargetLogprobs | None = None
+    prompt_alt_tokens: ScoredTokens | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +407,19 @@ class RunState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFacts:
+    """How a model that sees takes an image.
+
+    Attributes:
+        num_positions: Positions of a row that every image takes, whatever its size.
+        placeholder: The token that stands at them.
+    """
+
+    num_positions: int
+    placeholder: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """What the gateway must know about a base model to judge requests without holding it.
 
@@ -274,6 +428,7 @@ class ModelFacts:
         num_parameters: Parameters of the base model, a tied head counted once.
         max_rank: Largest LoRA rank this model's host accepts.
         why_not_sampled: A sentence for tenants if the model can only be trained here; else None.
+        images: None if the model reads text alone.
     """
 
     architecture: str
@@ -285,3 +440,4 @@ class ModelFacts:
     max_rank: int
     has_tokenizer: bool
     why_not_sampled: str | None = None
+    images: ImageFacts | None = None

@@ -1,6 +1,7 @@
 """The ASGI application: every face over one service."""
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from twinkle_dask.operations.service import Service
 from twinkle_dask_gateway import tinker
@@ -8,6 +9,12 @@ from twinkle_dask_gateway.access_log import AccessLog
 from twinkle_dask_gateway.config import GatewayConfig
 from twinkle_dask_gateway.limits import BodyLimit
 from twinkle_dask_gateway.polls import Polls
+from twinkle_dask_gateway.signing import Signer
+from twinkle_dask_gateway.tokens import Credentials
+
+
+def _name(route: APIRoute) -> str:
+    return route.name
 
 
 def create_app(service: Service, config: GatewayConfig) -> FastAPI:
@@ -23,10 +30,19 @@ def create_app(service: Service, config: GatewayConfig) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        # Operations are named after their functions, without the path.
+        generate_unique_id_function=_name,
     )
     app.state.service = service
     app.state.config = config
     app.state.polls = Polls()
+    app.state.credentials = Credentials(
+        service.tenants,
+        service.token_secret,
+        enabled=config.tokens,
+        lifetime_s=config.token_lifetime_s,
+    )
+    app.state.signer = Signer(service.url_secret)
     tinker.add_routes(app, config.url_prefix)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(AccessLog)  # added last, so outermost

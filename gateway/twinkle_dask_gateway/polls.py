@@ -1,12 +1,13 @@
 """Long polls: wait for an outcome, but not for a client that left or a server that stops."""
 
 import asyncio
+import random
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
-from twinkle_dask.operations.values import Outcome
+_T = TypeVar("_T")
 
 
 class Polls:
@@ -17,10 +18,10 @@ class Polls:
     """
 
     def __init__(self) -> None:
-        self._waits: set[asyncio.Task[Outcome]] = set()
+        self._waits: set[asyncio.Task[Any]] = set()
         self._ended = False
 
-    async def wait(self, request: Request, outcome: Coroutine[Any, Any, Outcome]) -> Outcome | None:
+    async def wait(self, request: Request, outcome: Coroutine[Any, Any, _T]) -> _T | None:
         """Await ``outcome`` on behalf of a request whose body has been read.
 
         Returns:
@@ -45,6 +46,11 @@ class Polls:
         self._ended = True
         for wait in self._waits:
             wait.cancel()
+
+
+def spread(poll_s: float) -> float:
+    """For how long to hold a poll: those that begin together, after a restart, end in turns."""
+    return poll_s * random.uniform(0.8, 1.0)
 
 
 async def _disconnected(request: Request) -> None:

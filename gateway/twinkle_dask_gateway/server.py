@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import socket
 from collections.abc import Callable, Generator
 from typing import Any, cast
@@ -18,6 +20,7 @@ from twinkle_dask_gateway.config import GatewayConfig
 _KEEP_ALIVE_S = 120
 # The most that requests in progress get when the server stops; held polls end at once.
 _GRACE_S = 1
+_MANY_FILES = 10_240
 
 
 async def serve_http(
@@ -62,6 +65,7 @@ async def serve_http(
         server.should_exit = True
 
     watcher = asyncio.create_task(watch())
+    _allow_many_files()
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -97,6 +101,21 @@ def bind(config: GatewayConfig) -> socket.socket:
             f"Cannot listen on {where}: {error}. Choose another port, or 0 for a free one."
         ) from error
     return listener
+
+
+def _allow_many_files() -> None:
+    """Let this process have as many connections as the system permits.
+
+    A client holds up to 2,000 polls; the usual limit of open files is 1,024.
+    """
+    if importlib.util.find_spec("resource") is None:  # on Windows, which has no such limit
+        return
+    resource = importlib.import_module("resource")
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says "no limit" and refuses to be asked for that.
+    wanted = _MANY_FILES if most == resource.RLIM_INFINITY else most
+    if resource.RLIM_INFINITY != now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class _Protocol(HttpToolsProtocol):

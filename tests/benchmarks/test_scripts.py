@@ -67,6 +67,15 @@ def test_engine_is_compared_with_peft_and_products() -> None:
     assert {"one_tenant", "deterministic"} <= set(eight["engine_over"])
 
 
+def test_the_gateway_is_asked_in_every_way() -> None:
+    results = measured("gateway.py", "--quick")["results"]
+    assert set(results["small"]) == {"bare", "healthz", "get_info", "heartbeat"}
+    assert results["polls"]["num"] == 20
+    for encoding in ("json", "protobuf", "zstd"):
+        assert results["bodies"][encoding]["lag_ms"] > 0
+    assert results["samples"]["concurrent"] == 5
+
+
 def test_every_script_can_be_imported_and_asked(tmp_path: Path) -> None:
     """In one process, since nearly all of the time goes into loading torch."""
     file = tmp_path / "ask.py"

@@ -257,14 +257,6 @@ def test_local_service_ends_with_its_program(model_folder: Path, tmp_path: Path)
         assert gone(processes, 10)
 
 
-def test_the_url_prefix_goes_before_every_route(model_folder: Path) -> None:
-    with local_service({MODEL: str(model_folder)}, url_prefix="/a/b") as service:
-        assert service.url.endswith("/a/b")
-        with tinker.ServiceClient(base_url=service.url + "/", api_key=service.api_key) as client:
-            run_ = client.create_lora_training_client(MODEL, rank=1).result()
-            run_.forward(batch(), "cross_entropy").result()
-
-
 def test_a_taken_port_is_refused(model_folder: Path, tmp_path: Path) -> None:
     """Before any model is loaded."""
     with socket.socket() as taken:

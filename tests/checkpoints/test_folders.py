@@ -26,7 +26,14 @@ class Memory:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
 
-    def put_folder(self, path: str, files: Mapping[str, bytes], *, overwrite: bool = False) -> None:
+    def put_folder(
+        self,
+        path: str,
+        files: Mapping[str, bytes],
+        *,
+        overwrite: bool = False,
+        marker: str = "state.json",
+    ) -> None:
         assert overwrite
         self.files |= {f"{path}/{name}": data for name, data in files.items()}
 

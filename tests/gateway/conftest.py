@@ -45,7 +45,12 @@ async def client(app: FastAPI) -> AsyncGenerator[httpx.AsyncClient]:
 async def run(client: httpx.AsyncClient) -> str:
     """A run of a session of its own, ready for work."""
     session = (await client.post("/create_session", json={})).json()["session_id"]
-    body = {"session_id": session, "model_seq_id": 0, "base_model": MODEL}
+    body = {
+        "session_id": session,
+        "model_seq_id": 0,
+        "base_model": MODEL,
+        "lora_config": {"rank": 8},
+    }
     promise = await client.post("/create_model", json=body)
     assert promise.status_code == 200
     return f"{session}:train:0"

@@ -5,21 +5,27 @@ it was called with, and gives every forward pass logprobs of -0.5 and every samp
 """
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
 from twinkle_dask.errors import InvalidRequest, NotAuthenticated, NotFound, SessionEnded
+from twinkle_dask.operations.events import Clone, Completion, Completions
+from twinkle_dask.operations.provenance import BatchSpans
+from twinkle_dask.operations.searching import FoundSessions
 from twinkle_dask.operations.service import Service
+from twinkle_dask.operations.tenants import KeyInfo
+from twinkle_dask.operations.usage import UsageReport
 from twinkle_dask.operations.values import (
     CheckpointAddress,
     CheckpointInfo,
     Done,
+    Exported,
     Loaded,
     LoraRequest,
     Outcome,
@@ -36,9 +42,18 @@ from twinkle_dask.operations.values import (
     Tenant,
     Ticket,
     TicketKind,
+    Unloaded,
     Waiting,
 )
-from twinkle_dask.store.records import CheckpointKind, SessionRecord
+from twinkle_dask.store.records import (
+    AuditRecord,
+    CheckpointKind,
+    KeyOrigin,
+    SessionRecord,
+    UsageKind,
+    UsageRecord,
+)
+from twinkle_dask.store.searches import SessionPlace, SessionQuery, Stored
 from twinkle_dask.types import (
     AdamParams,
     ForwardBackward,
@@ -59,6 +74,7 @@ from twinkle_dask.types import (
 )
 
 KEY = "tml-test-key"
+TENANT = Tenant(id=TenantId("t"), name="test", key_hint="-key", key_id=7, key_name="laptop")
 MODEL = "org/tiny"
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 
@@ -86,19 +102,31 @@ class InMemoryService:
         self._samplers: dict[SamplerId, SamplerInfo] = {}
         self.outcomes: dict[TicketId, Outcome] = {}
         self._by_place: dict[tuple[str, int], Ticket] = {}
-        self.tenants = SimpleNamespace(authenticate=self._authenticate)
+        self.revoked = False
+        self.token_secret = bytes(32)
+        self.tenants = SimpleNamespace(
+            authenticate=self._authenticate, of_key=self._of_key, key=self._key, revoke=self._revoke
+        )
+        self.audit = SimpleNamespace(of_day=self._of_day)
+        self.usage = SimpleNamespace(between=self._usage_between, stored=self._stored)
+        self.searching = SimpleNamespace(sessions=self._search_sessions)
+        self.traces = SimpleNamespace(grant=self._grant_trace, document=self._trace)
+        self._num_joined = 0
+        self._cursors: dict[TicketId, int] = {}
         self.catalogue = SimpleNamespace(all=self._models)
         self.sessions = SimpleNamespace(
             create=self._create_session,
             active=self._active,
             info=self._session_info,
             page=self._session_page,
+            assign_project=self._assign_project,
         )
         self.runs = SimpleNamespace(
             create=self._create_run,
             create_from=self._create_run_from,
             info=self._run_info,
             page=self._run_page,
+            unload=self._unload,
             refuse=self._refuse,
             sending=self._sending,
         )
@@ -106,14 +134,15 @@ class InMemoryService:
             forward_backward=self._forward_backward,
             optim_step=self._optim_step,
             save_state=self._save_state,
+            save_external=self._save_external,
             load_state=self._load_state,
             save_for_sampler=self._save_for_sampler,
         )
+        self.samplers = SimpleNamespace(
+            create=self._create_sampler, info=self._sampler_info, join=self._join_sampler
+        )
         self.sampling = SimpleNamespace(
-            create=self._create_sampler,
-            info=self._sampler_info,
-            sample=self._sample,
-            cancel=self._cancel,
+            sample=self._sample, cancel=self._cancel, completions=self._completions
         )
         self.checkpoints = SimpleNamespace(
             info=self._checkpoint_info,
@@ -121,17 +150,38 @@ class InMemoryService:
             page=self._checkpoint_page,
             delete=self._delete_checkpoint,
             set_ttl=self._set_checkpoint_ttl,
+            set_public=self._set_checkpoint_public,
         )
+        self.copying = SimpleNamespace(into_project=self._copy_into_project)
+        self.url_secret = b"secret"
 
     @property
     def service(self) -> Service:
         """Itself, as what faces are written for; ``test_in_memory`` compares the signatures."""
         return cast(Service, self)
 
-    def _authenticate(self, key: str | None) -> Tenant:
-        if key != KEY:
+    async def _authenticate(self, key: str | None) -> Tenant:
+        if key != KEY or self.revoked:
             raise NotAuthenticated("The API key is missing or unknown.")
-        return Tenant(id=TenantId("t"), name="test", key_hint="-key")
+        return TENANT
+
+    async def _of_key(self, key_id: int) -> Tenant | None:
+        return TENANT if key_id == TENANT.key_id and not self.revoked else None
+
+    async def _key(self, tenant: Tenant) -> KeyInfo:
+        return KeyInfo(
+            key_id=tenant.key_id,
+            tenant=tenant.id,
+            name="laptop",
+            hint=tenant.key_hint,
+            note="",
+            email=None,
+            created_at=NOW,
+            origin=KeyOrigin.COMMAND,
+        )
+
+    async def _revoke(self, tenant: Tenant) -> None:
+        self.revoked = True
 
     def _models(self) -> tuple[ServedModel, ...]:
         facts = ModelFacts(
@@ -211,16 +261,25 @@ class InMemoryService:
         with_optimizer: bool,
         base_model: str | None,
         user_metadata: Json,
+        reader: Tenant | None = None,
     ) -> Ticket:
         self._called("create_run_from", address=address, with_optimizer=with_optimizer)
         source = await self._checkpoint_info(tenant, address)
         run = self._new_run(session, seq, source.spec, user_metadata)
         return self._finished(TicketKind.CREATE_RUN, Loaded(run=run, address=address))
 
-    async def _run_info(self, tenant: Tenant, run: RunId) -> RunInfo:
+    async def _run_info(self, tenant: Tenant, run: RunId, *, accessible: bool = False) -> RunInfo:
         return self._run(run).info
 
-    async def _run_page(self, tenant: Tenant, limit: int, offset: int) -> Page[RunInfo]:
+    async def _run_page(
+        self,
+        tenant: Tenant,
+        limit: int,
+        offset: int,
+        *,
+        project: str | None = None,
+        accessible: bool = False,
+    ) -> Page[RunInfo]:
         infos = tuple(run.info for run in self._runs.values())
         page = infos[offset : offset + limit]
         return Page(items=page, total=len(infos), limit=limit, offset=offset)
@@ -228,9 +287,15 @@ class InMemoryService:
     # ---- training
 
     async def _forward_backward(
-        self, tenant: Tenant, run: RunId, *, seq: int | None, batch: ForwardBackward
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        batch: ForwardBackward,
+        spans: BatchSpans | None = None,
     ) -> Ticket:
-        self._called("forward_backward", run=run, seq=seq, batch=batch)
+        self._called("forward_backward", run=run, seq=seq, batch=batch, spans=spans)
         self._run(run)
         logprobs = tuple(
             np.full(datum.target_tokens.shape, -0.5, np.float32) for datum in batch.data
@@ -272,10 +337,27 @@ class InMemoryService:
         seq: int | None,
         address: CheckpointAddress,
         with_optimizer: bool,
+        reader: Tenant | None = None,
     ) -> Ticket:
         self._called("load_state", run=run, seq=seq, address=address, with_optimizer=with_optimizer)
         await self._checkpoint_info(tenant, address)
         return self._placed(run, seq, TicketKind.LOAD_STATE, Loaded(run=run, address=address))
+
+    async def _save_external(
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        name: str,
+        ttl_s: int | None,
+        recipients: tuple[str, ...],
+    ) -> Ticket:
+        self._called("save_external", run=run, seq=seq, name=name, recipients=recipients)
+        address = CheckpointAddress(run=run, kind=CheckpointKind.EXTERNAL, name=name)
+        self._keep(address, {})
+        exported = Exported(address=address, size_bytes=10)
+        return self._placed(run, seq, TicketKind.SAVE_EXTERNAL, exported)
 
     async def _save_for_sampler(
         self,
@@ -287,6 +369,7 @@ class InMemoryService:
         sampler_seq: int | None,
         ttl_s: int | None,
         user_metadata: Json,
+        inflight: bool,
     ) -> Ticket:
         self._called("save_for_sampler", run=run, seq=seq, name=name, sampler_seq=sampler_seq)
         if name is not None:
@@ -336,6 +419,28 @@ class InMemoryService:
             raise NotFound(f"There is no sampler {sampler!r}.")
         return self._samplers[sampler]
 
+    async def _join_sampler(self, tenant: Tenant, sampler: SamplerId) -> int:
+        await self._sampler_info(tenant, sampler)
+        self._num_joined += 1
+        return self._num_joined
+
+    async def _completions(
+        self,
+        tenant: Tenant,
+        clone: Clone,
+        *,
+        after: int,
+        retrieved: tuple[TicketId, ...],
+        timeout_s: float,
+    ) -> Completions:
+        self._called("completions", clone=clone, after=after, retrieved=retrieved)
+        await self._sampler_info(tenant, clone.sampler)
+        samples = [ticket for ticket, number in self._cursors.items() if number > after]
+        if not samples:
+            await asyncio.sleep(timeout_s)
+        items = tuple(Completion(ticket=ticket, num_bytes=16) for ticket in samples)
+        return Completions(items=items, cursor=max([after, *self._cursors.values()]))
+
     async def _sample(
         self, tenant: Tenant, sampler: SamplerId, *, seq: int | None, request: SampleRequest
     ) -> Ticket:
@@ -353,6 +458,7 @@ class InMemoryService:
             prompt_logprobs=scores if request.prompt_logprobs else None,
         )
         ticket = self._finished(TicketKind.SAMPLE, result)
+        self._cursors[ticket.id] = len(self._cursors) + 1
         ids = tuple(f"{ticket.id}:{i}" for i in range(request.num_samples))
         return replace(ticket, sequence_ids=ids)
 
@@ -401,6 +507,30 @@ class InMemoryService:
         await self._checkpoint_info(tenant, address)
         self._called("set_checkpoint_ttl", address=address, ttl_s=ttl_s)
 
+    async def _set_checkpoint_public(
+        self, tenant: Tenant, address: CheckpointAddress, *, public: bool
+    ) -> None:
+        info = await self._checkpoint_info(tenant, address)
+        self._run(address.run).checkpoints[address] = replace(info, public=public)
+
+    async def _copy_into_project(
+        self,
+        tenant: Tenant,
+        source: CheckpointAddress,
+        *,
+        reader: Tenant,
+        project: str,
+        ttl_s: int | None,
+        idempotency_key: str | None,
+    ) -> CheckpointAddress:
+        await self._checkpoint_info(reader, source)
+        self._called("copy_into_project", project=project, idempotency_key=idempotency_key)
+        return replace(source, run=RunId("copy:train:0"))
+
+    async def _unload(self, tenant: Tenant, run: RunId) -> Ticket:
+        self._run(run)
+        return self._finished(TicketKind.UNLOAD_RUN, Unloaded(run=run))
+
     async def _session_info(self, tenant: Tenant, session: SessionId) -> SessionInfo:
         if session not in self._sessions:
             raise NotFound(f"There is no session {session!r}.")
@@ -415,6 +545,55 @@ class InMemoryService:
     async def _session_page(self, tenant: Tenant, limit: int, offset: int) -> Page[SessionId]:
         ids = tuple(self._sessions)
         return Page(items=ids[offset:][:limit], total=len(ids), limit=limit, offset=offset)
+
+    async def _assign_project(self, tenant: Tenant, session: SessionId, project: str) -> None:
+        await self._session_info(tenant, session)
+        self._called("assign_project", session=session, project=project)
+
+    async def _search_sessions(
+        self, tenant: Tenant, query: SessionQuery, limit: int
+    ) -> FoundSessions:
+        self._called("search_sessions", query=query, limit=limit)
+        return FoundSessions(items=(), next=SessionPlace(NOW, SessionId("s0")))
+
+    async def _of_day(
+        self, tenant: Tenant, day: date | None, *, family: str | None
+    ) -> tuple[AuditRecord, ...]:
+        self._called("audit", day=day, family=family)
+        details = {"path": "s0:train:0/weights/a", "actor": "laptop"}
+        event = AuditRecord(
+            id="e",
+            tenant_id=tenant.id,
+            event="checkpoints.deleted",
+            details=details,
+            created_at=NOW,
+        )
+        return (event,)
+
+    async def _usage_between(self, tenant: Tenant, start: datetime, end: datetime) -> UsageReport:
+        rows = tuple(
+            UsageRecord(
+                tenant_id=tenant.id,
+                hour=NOW,
+                key_id=tenant.key_id,
+                kind=kind,
+                base_model=MODEL,
+                session_id=SessionId("s0"),
+                amount=3,
+            )
+            for kind in UsageKind
+        )
+        return UsageReport(rows=rows, sessions={}, key_names={tenant.key_id: "laptop"})
+
+    async def _stored(self, tenant: Tenant, project: str | None) -> Mapping[str | None, Stored]:
+        return {project: Stored(num_checkpoints=1, num_bytes=5 * 10**8)}
+
+    async def _grant_trace(self, tenant: Tenant, session: SessionId) -> SessionId:
+        await self._session_info(tenant, session)
+        return session
+
+    async def _trace(self, session: SessionId) -> bytes:
+        return b"{}"
 
     # ---- inside
 

@@ -15,7 +15,6 @@ from tinker.proto import tinker_public_pb2 as sdk_pb
 from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.proto.response_conv import (
     deserialize_forward_backward_output,
-    deserialize_sample_response,
 )
 from tinker.types.forward_backward_input import ForwardBackwardInput
 from tinker.types.forward_backward_request import ForwardBackwardRequest
@@ -23,19 +22,18 @@ from tinker.types.forward_backward_request import ForwardBackwardRequest
 from tests.gateway.arrays import csr_of, matrices
 from twinkle_dask.errors import InvalidRequest, NotSupported
 from twinkle_dask.types import (
+    CustomLoss,
     ForwardBackward,
     ForwardBackwardResult,
     LossName,
-    SampledSequence,
-    SampleResult,
-    StopReason,
+    LossSpec,
 )
 from twinkle_dask_gateway.tinker import tinker_pb2 as pb
 from twinkle_dask_gateway.tinker.codec_proto import (
     batch_of,
     forward_backward_bytes,
+    loss_id_of,
     parse_forward_backward,
-    sample_bytes,
 )
 from twinkle_dask_gateway.tinker.tensors import Array, Growth
 
@@ -161,11 +159,34 @@ def test_loss_settings_come_from_the_newer_map() -> None:
         sdk_body(one_datum(target_tokens=TARGETS), loss_fn="ppo", clip_low_threshold=0.5)
     )
     message.loss_fn_config["clip_low_threshold"] = 0.1
-    loss = batch_of(message, Growth(0)).loss
-    assert loss.name is LossName.PPO
-    assert loss.config == {"clip_low_threshold": 0.5, "clip_high_threshold": 1.2}
+    config = {"clip_low_threshold": 0.5, "clip_high_threshold": 1.2}
+    assert batch_of(message, Growth(0)).loss == LossSpec(name=LossName.PPO, config=config)
     message.loss_fn_config_v2.clear()
-    assert batch_of(message, Growth(0)).loss.config["clip_low_threshold"] == 0.1
+    config["clip_low_threshold"] = 0.1
+    assert batch_of(message, Growth(0)).loss == LossSpec(name=LossName.PPO, config=config)
+
+
+def test_a_custom_loss_reads_its_inputs_as_they_were_sent() -> None:
+    """What it does not read is dropped; a scalar has no shape on the wire."""
+    inputs = {"a": np.array([5]), "b": np.ones(7, np.float32), "weights": np.ones(3, np.float32)}
+    tensors = {name: _tensor_data(array, as_csr=False) for name, array in inputs.items()}
+    message = parse(sdk_body(one_datum(target_tokens=TARGETS, **tensors), loss_fn="cross_entropy"))
+    message.loss_fn = "custom"
+    message.loss_fn_config_v2["loss_id"].text = "loss-1"
+    assert loss_id_of(message) == "loss-1"
+    loss = CustomLoss(id="loss-1", name="x", ranks={"logprobs": 1, "a": 0, "b": 1}, graph="{}")
+    batch = batch_of(message, Growth(0), loss)
+    assert batch.loss is loss
+    (datum,) = batch.data
+    assert datum.loss_inputs == {}
+    assert datum.custom_inputs.keys() == {"a", "b"}
+    assert datum.custom_inputs["a"].shape == ()
+    assert datum.custom_inputs["a"].dtype == np.int64
+    assert datum.custom_inputs["b"].shape == (7,)
+    for wrong in ("other", "loss_id"):
+        message.loss_fn_config_v2[wrong].number = 1.0
+        with pytest.raises(InvalidRequest, match="'loss_id' alone"):
+            loss_id_of(message)
 
 
 @given(st.data())
@@ -211,7 +232,11 @@ def _broken(change: str) -> bytes:
         case "no targets":
             datum.ClearField("loss_fn_inputs")
         case "image":
-            datum.model_input.add().image.format = "png"
+            datum.model_input.add().image.format = "gif"
+        case "image of other dimensions":
+            datum.model_input.add().image.override_dimensions.width = 5
+        case "audio":
+            datum.model_input.add().dmel.dmel = b"x"
         case "text setting":
             message.loss_fn_config_v2["loss_id"].text = "x"
         case "loss":
@@ -232,7 +257,9 @@ def _broken(change: str) -> bytes:
         ("odd tokens", "5 bytes"),
         ("empty chunk", "empty"),
         ("no targets", "no 'target_tokens'"),
-        ("image", "Datum 0: chunks of kind 'image'"),
+        ("image", "Datum 0: an image's format must be 'png' or 'jpeg', not 'gif'"),
+        ("image of other dimensions", "Datum 0: 'override_dimensions' of an image"),
+        ("audio", "Datum 0: chunks of kind 'dmel' are not supported: no model here hears"),
         ("text setting", "'loss_id' of the loss must be a number"),
         ("loss", "Unknown loss 'nope'"),
     ],
@@ -255,24 +282,3 @@ def test_the_sdk_reads_our_logprobs(arrays: list[Array]) -> None:
     assert len(read.loss_fn_outputs) == len(logprobs)
     for output, array in zip(read.loss_fn_outputs, logprobs, strict=True):
         np.testing.assert_array_equal(output["logprobs"].to_numpy(), array)
-
-
-def test_the_sdk_reads_our_samples() -> None:
-    sequences = tuple(
-        SampledSequence(
-            tokens=np.arange(1, n + 1, dtype=np.int32),
-            logprobs=np.linspace(-1, 0, n, dtype=np.float32),
-            stop_reason=reason,
-        )
-        for n, reason in [(3, StopReason.STOP), (1, StopReason.LENGTH)]
-    )
-    scores = np.array([np.nan, -0.5], np.float32)
-    read = deserialize_sample_response(
-        sample_bytes(SampleResult(sequences=sequences, prompt_logprobs=scores))
-    )
-    assert [s.stop_reason for s in read.sequences] == ["stop", "length"]
-    assert read.sequences[0].tokens == [1, 2, 3]
-    assert read.sequences[0].logprobs == [-1.0, -0.5, 0.0]
-    assert read.prompt_logprobs == [None, -0.5]
-    without = deserialize_sample_response(sample_bytes(SampleResult(sequences=sequences)))
-    assert without.prompt_logprobs is None

@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 
 from tests.gateway.in_memory import InMemoryService
+from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.copying import Copying
 from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.samplers import Samplers
 from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.searching import Searching
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tenants import Tenants
+from twinkle_dask.operations.traces import Traces
 from twinkle_dask.operations.training import Training
+from twinkle_dask.operations.usage import Usage
 
 PARTS = {
     "tenants": Tenants,
@@ -22,8 +28,14 @@ PARTS = {
     "sessions": Sessions,
     "runs": Runs,
     "training": Training,
+    "samplers": Samplers,
     "sampling": Sampling,
     "checkpoints": Checkpoints,
+    "audit": Audit,
+    "usage": Usage,
+    "searching": Searching,
+    "traces": Traces,
+    "copying": Copying,
 }
 world = InMemoryService()
 

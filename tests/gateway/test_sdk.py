@@ -127,11 +127,6 @@ def test_mistakes_are_told_at_once(base_url: str, service: tinker.ServiceClient)
         service.create_sampling_client(model_path="tinker://s:train:0/weights/none").result()
     with pytest.raises(tinker.AuthenticationError):
         tinker.RestClient(base_url=base_url, api_key="tml-wrong").list_sessions().result()
-    sampler = service.create_sampling_client(base_model=MODEL).result()
-    with pytest.raises(tinker.BadRequestError, match="topk_prompt_logprobs"):
-        sampler.sample(
-            PROMPT, num_samples=1, sampling_params=GREEDY, topk_prompt_logprobs=2
-        ).result()
 
 
 def test_records(base_url: str, service: tinker.ServiceClient) -> None:

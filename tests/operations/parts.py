@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from twinkle_dask import packing
-from twinkle_dask.cluster.commands import Command, FolderSaved, Sample, SaveFolder
+from twinkle_dask.cluster.commands import Command, ExportFolder, FolderSaved, Sample, SaveFolder
 from twinkle_dask.config import JournalConfig, ModelConfig, ServiceConfig
+from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
+from twinkle_dask.operations.drawing import Drawing
+from twinkle_dask.operations.events import Events
+from twinkle_dask.operations.inflight import InflightWeights
 from twinkle_dask.operations.quotas import Quotas
+from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.samplers import Samplers
 from twinkle_dask.operations.sampling import Sampling
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
@@ -49,13 +55,18 @@ FACTS = ModelFacts(
 
 @dataclass
 class Host:
-    """Does nothing, successfully; while ``open`` is not set, it does not answer."""
+    """Does nothing, successfully; while ``open`` is not set, it does not answer.
+
+    While ``drawing`` is not set, it does not answer to samples; without ``up`` it is not there.
+    """
 
     blobs: BlobStore
     name: str = "host"
     load: int = 0
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     open: asyncio.Event = field(default_factory=asyncio.Event)
+    drawing: asyncio.Event = field(default_factory=asyncio.Event)
+    up: asyncio.Event = field(default_factory=asyncio.Event)
     commands: list[object] = field(default_factory=list[object])
 
     def send(self, command: Command) -> "asyncio.Future[bytes]":
@@ -66,10 +77,11 @@ class Host:
     async def _answer(self, body: object) -> bytes:
         await self.open.wait()
         match body:
-            case SaveFolder():
+            case SaveFolder() | ExportFolder():
                 self.blobs.put_folder(body.folder, {"state.json": b"{}"}, overwrite=True)
                 return packing.pack(FolderSaved(num_bytes=2))
             case Sample():
+                await self.drawing.wait()
                 return packing.pack(SampleResult(sequences=()))
             case OptimStep():
                 return packing.pack(StepResult(metrics={}))
@@ -85,6 +97,7 @@ class Supervisor:
         return self.host
 
     async def sampler(self, _source: str, _adapter: str | None) -> Host:
+        await self.host.up.wait()
         return self.host
 
 
@@ -95,7 +108,11 @@ class Parts:
     host: Host
     sessions: Sessions
     runs: Runs
+    samplers: Samplers
     sampling: Sampling
+    recording: Recording
+    events: Events
+    checkpoints: Checkpoints
     tickets: TicketBoard
     quotas: Quotas
     closing: Closing
@@ -143,12 +160,16 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
     blobs = BlobStore(folder / "blobs")
     host = Host(blobs)
     host.open.set()
+    host.drawing.set()
+    host.up.set()
     supervisor = cast(Any, Supervisor(host))
     served = ServedModel(name=MODEL, source="tiny", facts=FACTS, tokenizer_id=MODEL)
     catalogue = Catalogue({MODEL: served})
-    sessions, checkpoints = Sessions(store), Checkpoints(store, blobs)
+    audit = Audit(store)
+    sessions, checkpoints = Sessions(store, audit), Checkpoints(store, blobs, audit)
     quotas = Quotas.of(config.limits)
     tickets = TicketBoard(store, blobs, quotas.queued_bytes)
+    inflight = InflightWeights(store, checkpoints)
     runs = Runs(
         store=store,
         blobs=blobs,
@@ -156,19 +177,36 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         catalogue=catalogue,
         sessions=sessions,
         checkpoints=checkpoints,
+        inflight=inflight,
         tickets=tickets,
         journal=config.journal,
         limits=config.limits,
         quotas=quotas,
     )
-    sampling = Sampling(
+    samplers = Samplers(
         store=store,
-        blobs=blobs,
-        supervisor=supervisor,
         catalogue=catalogue,
         sessions=sessions,
         checkpoints=checkpoints,
+        inflight=inflight,
+    )
+    events = Events(store)
+    recording = Recording(store, blobs)
+    drawing = Drawing(
+        supervisor=supervisor,
+        samplers=samplers,
+        recording=recording,
         tickets=tickets,
+        events=events,
+        quotas=quotas,
+    )
+    sampling = Sampling(
+        store=store,
+        blobs=blobs,
+        samplers=samplers,
+        drawing=drawing,
+        tickets=tickets,
+        events=events,
         limits=config.limits,
         quotas=quotas,
     )
@@ -177,7 +215,10 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         blobs=blobs,
         sessions=sessions,
         runs=runs,
-        sampling=sampling,
+        samplers=samplers,
+        events=events,
+        recording=recording,
+        inflight=inflight,
         checkpoints=checkpoints,
     )
     upkeep = Upkeep(
@@ -186,6 +227,7 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         blobs=blobs,
         sessions=sessions,
         runs=runs,
+        samplers=samplers,
         checkpoints=checkpoints,
         tickets=tickets,
         closing=closing,
@@ -198,7 +240,11 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
             host=host,
             sessions=sessions,
             runs=runs,
+            samplers=samplers,
             sampling=sampling,
+            recording=recording,
+            events=events,
+            checkpoints=checkpoints,
             tickets=tickets,
             quotas=quotas,
             closing=closing,

@@ -17,6 +17,7 @@ from twinkle_dask.operations.tenants import key_hint
 from twinkle_dask.operations.training import Training
 from twinkle_dask.operations.values import ServedModel, Tenant
 from twinkle_dask.types import (
+    CsrLayout,
     Datum,
     ForwardBackward,
     LossName,
@@ -26,6 +27,7 @@ from twinkle_dask.types import (
     SampleRequest,
     SamplingParams,
     Stop,
+    TargetTokens,
     TenantId,
 )
 
@@ -151,6 +153,96 @@ def test_stops_are_few_and_short(stop: Stop, says: str) -> None:
         validation.sample(replace(SAMPLE, params=replace(SAMPLE.params, stop=stop)), MODEL, LIMITS)
 
 
+PROMPT = np.arange(1, 6, dtype=np.int32)
+CSR = CsrLayout(crow=np.array([0, 1, 1, 2, 2]), col=np.array([0, 10**6]), num_columns=10**6 + 1)
+
+
+def named(tokens: list[list[int]]) -> TargetTokens:
+    return TargetTokens(tokens=np.array(tokens, np.int64).reshape(len(tokens), -1))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"topk_prompt_logprobs": 7, "topk_sample_logprobs": 7, "prompt_alt_tokens_k": 7},
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 4},
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 1},
+        {"target_prompt_logprobs": named([[-1, 99], [0, -1], [-1, -1], [-1, -1]])},
+        {"target_prompt_logprobs": TargetTokens(tokens=np.array([-1, 5]), layout=CSR)},
+    ],
+    ids=str,
+)
+def test_what_may_be_asked_of_a_prompt(asked: dict[str, Any]) -> None:
+    limits = LimitConfig(max_alternatives=7)
+    validation.sample(replace(SAMPLE, prompt=PROMPT, **asked), MODEL, limits)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"topk_prompt_logprobs": 101}, "topk_prompt_logprobs must be from 0 to 100, not 101"),
+        ({"topk_sample_logprobs": -1}, "topk_sample_logprobs must be from 0 to 100, not -1"),
+        ({"prompt_alt_tokens_k": 10**9}, "prompt_alt_tokens_k must be from 0 to 100"),
+        ({"prompt_logprobs_last_n": 2}, "needs prompt_logprobs"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 5}, "must be from 1 to 4, not 5"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 0}, "must be from 1 to 4, not 0"),
+        (
+            {"prompt": PROMPT[:1], "prompt_logprobs": True, "prompt_logprobs_last_n": 1},
+            "left out for a prompt of one token",
+        ),
+        ({"target_prompt_logprobs": named([[1]])}, r"shape \[1, 1\].* takes \[4, K\]"),
+        ({"target_prompt_logprobs": TargetTokens(tokens=np.arange(4))}, r"shape \[4\]"),
+        ({"target_prompt_logprobs": named([[1], [-2], [1], [1]])}, "has token -2"),
+        ({"target_prompt_logprobs": named([[1], [100], [1], [1]])}, "has token 100"),
+        ({"target_prompt_logprobs": named([[-1]] * 4)}, "names no token"),
+        ({"target_prompt_logprobs": named([[]] * 4)}, "names no token"),
+        (
+            {"target_prompt_logprobs": TargetTokens(tokens=np.array([-1, -1]), layout=CSR)},
+            "names no token",
+        ),
+        (
+            {
+                "prompt": PROMPT[:1],
+                "target_prompt_logprobs": TargetTokens(tokens=np.ones((0, 1), np.int64)),
+            },
+            "names no token",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_of_a_prompt(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        validation.sample(replace(SAMPLE, **({"prompt": PROMPT} | asked)), MODEL, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_bytes"),
+    [
+        ({"topk_prompt_logprobs": 10}, 5 * 10 * 8),
+        ({"topk_prompt_logprobs": 10, "prompt_alt_tokens_k": 3}, 5 * 13 * 8),
+        ({"topk_sample_logprobs": 10, "num_samples": 6}, 6 * 10 * 8),
+        (
+            {"topk_sample_logprobs": 2, "num_samples": 2, "params": SamplingParams()},
+            2 * 45 * 2 * 8,
+        ),
+        (
+            {"topk_sample_logprobs": 2, "params": SamplingParams(max_tokens=10**9)},
+            45 * 2 * 8,
+        ),
+        ({"target_prompt_logprobs": named([[1] * 30] * 4)}, 4 * 30 * 4),
+        (
+            {"target_prompt_logprobs": TargetTokens(tokens=np.array([3, 5]), layout=CSR)},
+            2 * 4 + 5 * 8 + 2 * 8,
+        ),
+    ],
+)
+def test_an_answer_is_bounded_before_it_is_computed(asked: dict[str, Any], num_bytes: int) -> None:
+    request = replace(SAMPLE, prompt=PROMPT, **asked)
+    validation.sample(request, MODEL, LimitConfig(max_answer_bytes=num_bytes))
+    with pytest.raises(InvalidRequest, match="Ask for fewer"):
+        validation.sample(request, MODEL, LimitConfig(max_answer_bytes=num_bytes - 1))
+
+
 def nested(depth: int) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for _ in range(depth):
@@ -201,7 +293,7 @@ class FakeRuns:
 def training_of(runs: FakeRuns) -> Training:
     catalogue = SimpleNamespace(get={"m": MODEL}.__getitem__)
     nothing = cast(Any, None)
-    return Training(cast(Any, runs), nothing, nothing, cast(Any, catalogue), LIMITS)
+    return Training(cast(Any, runs), nothing, nothing, cast(Any, catalogue), LIMITS, nothing)
 
 
 ME = Tenant(id=TenantId("me"), name="me", key_hint="")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,9 +43,9 @@ def request(
     seed: int | None = 0,
     stop: Stop = ON_AND_ON,
     num_samples: int = 1,
-    prompt_logprobs: bool = False,
+    **wanted: Any,
 ) -> SampleRequest:
-    """A request that runs to its length.
+    """A request that runs to its length; ``wanted`` are further fields of ``SampleRequest``.
 
     Batches of another shape round differently, by about 1e-7. With all 512 tokens in the draw, one
     random number in 20000 falls so near to a border that it shows in the tokens; hence top_k.
@@ -62,7 +62,7 @@ def request(
         prompt=np.array(tokens, dtype=np.int32),
         params=params,
         num_samples=num_samples,
-        prompt_logprobs=prompt_logprobs,
+        **wanted,
     )
 
 

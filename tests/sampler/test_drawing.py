@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinkle_dask.sampler import drawing
-from twinkle_dask.sampler.drawing import DrawRules, Uniforms, draw, invert_cdf
+from twinkle_dask.sampler.drawing import (
+    DrawRules,
+    PlacedUniforms,
+    Uniforms,
+    draw,
+    draw_many,
+    invert_cdf,
+    likeliest,
+)
 from twinkle_dask.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -26,7 +34,7 @@ def draws(logits_V: Tensor, num: int, **settings: float | int) -> np.ndarray[tup
     params = SamplingParams(**settings)  # type: ignore[arg-type]
     rules = DrawRules.of([params] * num, len(logits_V), CPU)
     numbers = [(i + 0.5) / num for i in range(num)]
-    tokens, _ = draw(logits_V.repeat(num, 1), rules, numbers)
+    tokens = draw(logits_V.repeat(num, 1), rules, numbers).tokens
     return np.bincount(tokens, minlength=len(logits_V)) / num
 
 
@@ -86,7 +94,7 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
         SamplingParams(temperature=5, top_k=3, top_p=0.5),
     ]
     expected = torch.log_softmax(logits_NV, -1)
-    tokens, logprobs = draw(logits_NV.clone(), DrawRules.of(params, 50, CPU), [0.4] * 5)
+    tokens, logprobs, _ = draw(logits_NV.clone(), DrawRules.of(params, 50, CPU), [0.4] * 5)
     for row, token in enumerate(tokens):
         assert logprobs[row] == pytest.approx(float(expected[row, token]), abs=1e-5)
 
@@ -110,7 +118,7 @@ def test_weight_zero_is_never_drawn(weights: list[float], number: float) -> None
     if not any(weights):
         weights[-1] = 1e-30
     for uniform in (number, 0.0, float(np.nextafter(1, 0))):
-        token = invert_cdf(torch.tensor([weights]), torch.tensor([uniform]))
+        token = invert_cdf(torch.tensor([weights]), torch.tensor([[uniform]]))
         assert weights[int(token)] > 0
 
 
@@ -119,7 +127,7 @@ def test_rows_that_are_not_finite_say_so_and_leave_others_alone() -> None:
     logits_NV[1, 4] = float("nan")
     for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(temperature=0)):
         rules = DrawRules.of([params] * 3, 20, CPU)
-        _, logprobs = draw(logits_NV.clone(), rules, [0.5] * len(rules.random_rows))
+        logprobs = draw(logits_NV.clone(), rules, [0.5] * len(rules.random_rows)).logprobs
         assert np.isnan(logprobs).tolist() == [False, True, False]
 
 
@@ -145,11 +153,67 @@ def test_a_row_draws_the_same_alone(params: list[SamplingParams], seed: int, rou
         logits_NV = logits_NV.round()
     uniforms: list[float] = np.random.default_rng(seed).random(len(params)).tolist()
     rules = DrawRules.of(params, 200, CPU)
-    together, _ = draw(logits_NV.clone(), rules, [uniforms[i] for i in rules.random_rows])
+    together = draw(logits_NV.clone(), rules, [uniforms[i] for i in rules.random_rows]).tokens
     for i, param in enumerate(params):
         numbers = [uniforms[i]] if param.temperature else []
-        alone, _ = draw(logits_NV[i : i + 1].clone(), DrawRules.of([param], 200, CPU), numbers)
-        assert alone == together[i : i + 1]
+        alone = draw(logits_NV[i : i + 1].clone(), DrawRules.of([param], 200, CPU), numbers)
+        assert alone.tokens == together[i : i + 1]
+
+
+@given(
+    levels=st.sampled_from([2, 5, 300]),
+    number=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_likeliest_of_equals_are_the_lower_tokens(levels: int, number: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits_NV = (rng.integers(0, levels, (3, 40)) - levels // 2).astype(np.float32)
+    logits_NV[rng.random((3, 40)) < 0.2] *= -0.0
+    logits_NV[rng.random((3, 40)) < 0.1] = -np.inf
+    found: list[list[int]] = likeliest(torch.tensor(logits_NV), number).numpy().tolist()
+    assert found == [sorted(range(40), key=lambda i: (-row[i], i))[:number] for row in logits_NV]
+
+
+def test_the_likeliest_are_told_to_those_who_ask() -> None:
+    logits_NV = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).round()
+    rules = DrawRules.of([SamplingParams(temperature=0.5)] * 4, 50, CPU, [0, 3, 0, 7])
+    expected = torch.log_softmax(logits_NV, -1)
+    tokens, logprobs, top = draw(logits_NV.clone(), rules, [0.3] * 4)
+    assert (tokens, logprobs) == draw(
+        logits_NV.clone(), DrawRules.of([SamplingParams(temperature=0.5)] * 4, 50, CPU), [0.3] * 4
+    )[:2]
+    assert list(top) == [1, 3]
+    for row, number in ((1, 3), (3, 7)):
+        found, found_logprobs = top[row]
+        assert np.array_equal(found, likeliest(logits_NV[row : row + 1], number)[0].numpy())
+        assert found_logprobs == pytest.approx(expected[row, found.astype(int)].numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 3.0])
+def test_many_draws_from_one_row_have_its_exact_probabilities(temperature: float) -> None:
+    logits_NV = logits_of(PROBS.tolist()).repeat(2, 1)
+    numbers_NK = np.tile((np.arange(4000) + 0.5) / 4000, (2, 1))
+    drawn_NK = draw_many(logits_NV, temperature, numbers_NK)
+    exact = PROBS ** (1 / temperature) if temperature else PROBS.max() == PROBS
+    for row in drawn_NK:
+        shares = np.bincount(row.numpy(), minlength=len(PROBS)) / 4000
+        assert np.abs(shares - exact / exact.sum()).max() < 1 / 2000
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 9])
+def test_random_numbers_of_places_do_not_depend_on_the_pieces(width: int) -> None:
+    whole = PlacedUniforms(7, width).at(0, 20)
+    again = PlacedUniforms(7, width)
+    for start, count in ((0, 3), (3, 9), (12, 8), (5, 1)):
+        assert np.array_equal(again.at(start, count), whole[start : start + count])
+    assert len(np.unique(whole)) == 20 * width
+    assert not np.isin(whole, PlacedUniforms(8, width).at(0, 20)).any()
+    assert not np.isin(whole, [Uniforms(7, 0).at(i) for i in range(20)]).any()
+    assert np.array_equal(
+        PlacedUniforms(-1, width).at(0, 1), PlacedUniforms(2**64 - 1, width).at(0, 1)
+    )
+    assert not np.array_equal(PlacedUniforms(None, 9).at(0, 1), PlacedUniforms(None, 9).at(0, 1))
 
 
 def test_random_numbers_belong_to_seed_sample_and_place() -> None:

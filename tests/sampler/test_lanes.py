@@ -33,7 +33,7 @@ def sequence(adapter: LoraTensors | None, length: int, age: int) -> Sequence:
         account=Account[Job](TenantId("t"), 0),
         adapter=adapter,
         prompt=list(range(length)),
-        prompt_logprobs=None,
+        scores=None,
     )
     stop = StopRule(Stop(), max_tokens=99, end_of_sequence_ids=(), prompt=[], tokenizer=None)
     made = Sequence(owner, 0, Uniforms(0, 0), stop)

@@ -295,3 +295,16 @@ print(sorted(heavy & set(sys.modules)))
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_parts_of_a_blob(blobs: BlobStore) -> None:
+    blobs.put("results/a", b"0123456789")
+    assert blobs.size("results/a") == 10
+    assert blobs.get_part("results/a", 2, 3) == b"234"
+    assert blobs.get_part("results/a", 8, 100) == b"89"
+    assert blobs.get_part("results/a", 10, 5) == b""
+    for failure, path in ((StorageFailed, "results/missing"), (InvalidRequest, "../a")):
+        with pytest.raises(failure):
+            blobs.size(path)
+        with pytest.raises(failure):
+            blobs.get_part(path, 0, 1)

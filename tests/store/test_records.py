@@ -18,6 +18,8 @@ from tests.store.samples import (
     sampler,
     session,
 )
+from twinkle_dask.clock import utc_now
+from twinkle_dask.store.copies import Copied
 from twinkle_dask.store.journal import DuplicateOperation
 from twinkle_dask.store.records import (
     CheckpointKind,
@@ -32,6 +34,7 @@ from twinkle_dask.types import RunId, SamplerId, SessionId, TicketId
 
 RUN = RunId("s1:train:0")
 SESSION = SessionId("s1")
+AHEAD = datetime(2999, 1, 1, tzinfo=UTC)
 
 
 async def end_session(store: Store) -> None:
@@ -130,11 +133,12 @@ class TestRuns:
             await store.sessions.add(session(name))
             for seq, state in enumerate(RunPhase):
                 await store.runs.add(run(seq, session=name, state=state))
-        assert [one.run_seq for one in await store.runs.in_session(SESSION)] == [0, 1, 2, 3]
-        assert await store.runs.to_close() == ()
+        assert [one.run_seq for one in await store.runs.in_session(SESSION)] == [*range(6)]
+        unloaded = {"s1:train:3", "s2:train:3"}  # whatever their sessions do
+        assert {one.id for one in await store.runs.to_close()} == unloaded
         await store.journal.add(work := operation(1))
         await end_session(store)
-        others = {"s1:train:1", "s1:train:2"}  # 0 has work, 3 is closed
+        others = {"s1:train:1", "s1:train:2", *unloaded}  # 0 has work, 4 is closed, 5 a copy
         assert {one.id for one in await store.runs.to_close()} == others
         await store.journal.fail(work.ticket_id, kind="X", message="", when=NOW)
         assert {one.id for one in await store.runs.to_close()} == {*others, RUN}
@@ -332,25 +336,25 @@ class TestCheckpoints:
         first, second = checkpoint("a"), checkpoint("a")
         assert await store.checkpoints.add(first) is None
         assert await store.checkpoints.add(second) == first
-        assert await store.checkpoints.by_id(ANN, second.id) is None
+        assert await store.checkpoints.by_id(second.id) is None
         assert await store.checkpoints.add(second, overwrite=True) == first
         training = CheckpointKind.TRAINING
         assert await store.checkpoints.get(ANN, RUN, training, "a") == second
         assert await store.checkpoints.get(BOB, RUN, training, "a") is None
         assert await store.checkpoints.get(ANN, RUN, CheckpointKind.SAMPLER, "a") is None
-        assert await store.checkpoints.by_id(ANN, first.id) is None
+        assert await store.checkpoints.by_id(first.id) is None
 
     async def test_unnamed_ones_have_no_rivals_and_are_not_listed(self, store: Store) -> None:
         await fill(store)
         kind = CheckpointKind.SAMPLER
-        unnamed = [checkpoint(None, kind=kind, expires_at=at(5)) for _ in range(2)]
+        unnamed = [checkpoint(None, kind=kind, expires_at=AHEAD) for _ in range(2)]
         for one in unnamed:
             assert await store.checkpoints.add(one) is None
         assert await store.checkpoints.for_run(ANN, RUN) == ()
         assert await store.checkpoints.page(ANN, 10, 0) == ((), 0)
         assert await store.checkpoints.latest(ANN, [RUN]) == {}
-        assert await store.checkpoints.by_id(ANN, unnamed[0].id) == unnamed[0]
-        expired = await store.checkpoints.expired(at(5))
+        assert await store.checkpoints.by_id(unnamed[0].id) == unnamed[0]
+        expired = await store.checkpoints.expired(AHEAD)
         assert {one.id for one in expired} == {one.id for one in unnamed}
 
     async def test_unnamed_ones_of_a_closed_run_are_left_behind_once_nobody_samples_them(
@@ -365,7 +369,9 @@ class TestCheckpoints:
         sample = operation(1, run=None, sampler="s1:sample:1")
         await store.journal.add(sample)
         assert await store.checkpoints.left_behind() == ()
-        await store.runs.close(RUN)
+        await store.runs.close(RUN)  # unloaded: its samplers go on
+        assert await store.checkpoints.left_behind() == ()
+        await end_session(store)
         assert await store.checkpoints.left_behind() == (weights,)
         await store.journal.fail(sample.ticket_id, kind="X", message="", when=NOW)
         assert {one.id for one in await store.checkpoints.left_behind()} == {weights.id, drawn.id}
@@ -396,12 +402,89 @@ class TestCheckpoints:
         one = checkpoint()
         await store.checkpoints.add(one)
         assert await store.checkpoints.expired(at(1000)) == ()
-        assert await store.checkpoints.set_expiry(one.id, at(10))
-        assert await store.checkpoints.expired(at(9)) == ()
-        assert await store.checkpoints.expired(at(10)) == (replace(one, expires_at=at(10)),)
+        assert await store.checkpoints.set_expiry(one.id, AHEAD)
+        assert await store.checkpoints.expired(AHEAD - timedelta(seconds=1)) == ()
+        assert await store.checkpoints.expired(AHEAD) == (replace(one, expires_at=AHEAD),)
         assert await store.checkpoints.set_expiry(one.id, None)
-        assert await store.checkpoints.expired(at(10)) == ()
+        assert await store.checkpoints.expired(AHEAD) == ()
         assert not await store.checkpoints.set_expiry("none", None)
+
+    async def test_what_has_expired_is_in_no_answer(self, store: Store) -> None:
+        await fill(store)
+        training = CheckpointKind.TRAINING
+        one = checkpoint("a")
+        await store.checkpoints.add(one)
+        assert await store.checkpoints.set_expiry(one.id, utc_now())
+        assert await store.checkpoints.get(ANN, RUN, training, "a") is None
+        assert await store.checkpoints.readable(ANN, RUN, training, "a") is None
+        assert await store.checkpoints.by_id(one.id) is None
+        assert await store.checkpoints.for_run(ANN, RUN) == ()
+        assert await store.checkpoints.page(ANN, 10, 0) == ((), 0)
+        assert await store.checkpoints.latest(ANN, [RUN]) == {}
+        assert not await store.checkpoints.has_folder(one.path)
+        assert not await store.checkpoints.set_expiry(one.id, None)
+        assert not await store.checkpoints.set_public(one.id, True)
+        assert len(await store.checkpoints.expired(utc_now())) == 1
+        # Its name is free, and its files are left to be removed.
+        again = checkpoint("a", created_at=utc_now())
+        held = await store.checkpoints.add(again)
+        assert held is not None
+        assert held.id == one.id
+        assert await store.checkpoints.get(ANN, RUN, training, "a") == again
+        (left,) = await store.checkpoints.expired(utc_now())
+        assert (left.id, left.name) == (one.id, None)
+
+    async def test_others_read_what_is_public(self, store: Store) -> None:
+        await fill(store)
+        training = CheckpointKind.TRAINING
+        one, private = checkpoint("a"), checkpoint("b")
+        for each in (one, private):
+            await store.checkpoints.add(each)
+        assert await store.checkpoints.readable(BOB, RUN, training, "a") is None
+        assert await store.checkpoints.set_public(one.id, True)
+        assert not await store.checkpoints.set_public(one.id, True)
+        shown = replace(one, public=True)
+        assert await store.checkpoints.readable(BOB, RUN, training, "a") == shown
+        assert await store.checkpoints.get(BOB, RUN, training, "a") is None
+        assert await store.checkpoints.for_run(BOB, RUN) == (shown,)
+        assert await store.checkpoints.page(BOB, 10, 0) == ((), 0)
+        assert await store.checkpoints.set_public(one.id, False)
+        assert await store.checkpoints.readable(BOB, RUN, training, "a") is None
+
+    async def test_idle_ones_are_those_without_a_name_that_nobody_samples(
+        self, store: Store
+    ) -> None:
+        await fill(store)
+        kind = CheckpointKind.SAMPLER
+        old, used, drawn, newest = (
+            checkpoint(None, kind=kind, created_at=at(second)) for second in range(4)
+        )
+        named = checkpoint("kept", kind=kind)
+        for one in (old, used, drawn, newest, named):
+            await store.checkpoints.add(one)
+        await store.checkpoints.touch([used.id], at(50))
+        await store.samplers.add(sampler(1, checkpoint=drawn.id))
+        await store.journal.add(operation(1, run=None, sampler="s1:sample:1"))
+        assert await store.checkpoints.idle(at(40)) == (old,)
+        assert {one.id for one in await store.checkpoints.idle(at(60))} == {old.id, used.id}
+
+    async def test_a_copy_shares_its_folder_until_one_of_both_is_gone(self, store: Store) -> None:
+        await fill(store)
+        source = checkpoint("a")
+        await store.checkpoints.add(source)
+        held = replace(run(1), state=RunPhase.COPIED)
+        copy = replace(source, id="copy", run_id=held.id)
+        add = store.copies.add
+        assert not await store.checkpoints.is_shared(source)
+        assert await add(copy, held, None, source=source.id) is Copied.DONE
+        assert await add(replace(copy, id="x"), held, None, source=source.id) is Copied.TAKEN
+        assert await store.checkpoints.is_shared(source)
+        await store.checkpoints.retire(source.id, utc_now())
+        assert not await store.checkpoints.is_shared(copy)
+        assert await store.checkpoints.is_shared(source)
+        other = replace(copy, id="y", run_id=run(2).id)
+        assert await add(other, run(2), None, source=source.id) is Copied.SOURCE_GONE
+        assert await store.runs.get(ANN, run(2).id) is None
 
     async def test_deleting_is_final(self, store: Store) -> None:
         await fill(store)
@@ -409,4 +492,4 @@ class TestCheckpoints:
         await store.checkpoints.add(one)
         assert await store.checkpoints.delete(one.id)
         assert not await store.checkpoints.delete(one.id)
-        assert await store.checkpoints.by_id(ANN, one.id) is None
+        assert await store.checkpoints.by_id(one.id) is None

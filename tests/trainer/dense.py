@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from twinkle_dask.types import AdamParams, AdapterState, Datum, ForwardBackward, LossName
+from twinkle_dask.types import AdamParams, AdapterState, Datum, ForwardBackward, LossName, LossSpec
 
 _hf: Any = transformers
 
@@ -98,6 +98,7 @@ class DenseRun:
 
 def loss(batch: ForwardBackward, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """The formulas as ``docs/losses.md`` writes them, for one datum."""
+    assert isinstance(batch.loss, LossSpec)
     config, name = batch.loss.config, batch.loss.name
     weights = inputs.get("weights", torch.ones_like(lp))
     if name is LossName.CROSS_ENTROPY:

@@ -24,7 +24,7 @@ from twinkle_dask.trainer.losses import (
     token_loss,
 )
 from twinkle_dask.trainer.mixed_loss import MixedLoss
-from twinkle_dask.types import Datum, ForwardBackward, LoraSpec, LossName
+from twinkle_dask.types import Datum, ForwardBackward, LoraSpec, LossName, LossSpec
 
 OFF_POLICY = [name for name in LossName if LOSSES[name].off_policy]
 CLIPPED = [name for name in LossName if "clip_high_threshold" in LOSSES[name].defaults]
@@ -253,11 +253,16 @@ def test_a_setting_that_makes_no_sense_is_refused(
 # ---- metrics
 
 
+def spec_of(body: ForwardBackward) -> LossSpec:
+    assert isinstance(body.loss, LossSpec)
+    return body.loss
+
+
 def metrics_of(body: ForwardBackward, rows: slice = slice(None)) -> dict[str, float]:
     rng = np.random.default_rng(9)
     lps = [rng.normal(-6, 0.4, d.target_tokens.shape).astype(np.float32) for d in body.data]
     losses = [float(i) for i in range(len(body.data))]
-    return loss_metrics(body.loss, body.data[rows], lps[rows], losses[rows])
+    return loss_metrics(spec_of(body), body.data[rows], lps[rows], losses[rows])
 
 
 @pytest.mark.parametrize("name", LossName)
@@ -278,7 +283,7 @@ def test_metrics_of_a_policy_that_has_not_moved(name: LossName) -> None:
     rng = np.random.default_rng(0)
     body = batch(rng, (6, 3), name)
     lps = [datum.loss_inputs["logprobs"] for datum in body.data]
-    metrics = loss_metrics(body.loss, body.data, lps, [1.0, 2.0])
+    metrics = loss_metrics(spec_of(body), body.data, lps, [1.0, 2.0])
     assert (metrics["ratio:mean"], metrics["ratio:max"]) == (1.0, 1.0)
     assert (metrics["kl_k1:mean"], metrics["kl_k3:mean"]) == (0.0, 0.0)
     assert metrics.get("clip_fraction:mean", 0.0) == 0.0
@@ -320,7 +325,7 @@ def test_metrics_are_finite_whatever_the_inputs(name: LossName, weight: float) -
     inputs["weights"] = np.full(4, weight, np.float32)
     datum = replace(body.data[0], loss_inputs=inputs)
     lp = np.full(4, -5.0, np.float32)
-    metrics = loss_metrics(body.loss, [datum], [lp], [0.0])
+    metrics = loss_metrics(spec_of(body), [datum], [lp], [0.0])
     assert all(math.isfinite(value) for value in metrics.values())
     if not weight:
         assert metrics["ratio:max"] == metrics["ratio:mean"] == 1.0

@@ -17,8 +17,8 @@ from twinkle_dask.checkpoints.state_file import STATE_FILE, StateFile, parse_sta
 from twinkle_dask.checkpoints.tensors import check_pairs, check_same, decode, encode, split
 from twinkle_dask.types import AdapterState, Float32Array, OptimizerState, RunState
 
-_CONFIG_FILE = "adapter_config.json"
-_ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _GRADIENTS_FILE = "gradients.safetensors"
 
@@ -30,7 +30,14 @@ _EXP_AVG_SQ = "exp_avg_sq."
 class Blobs(Protocol):
     """What is needed of ``store.BlobStore``."""
 
-    def put_folder(self, path: str, files: Mapping[str, bytes], *, overwrite: bool = False) -> None:
+    def put_folder(
+        self,
+        path: str,
+        files: Mapping[str, bytes],
+        *,
+        overwrite: bool = False,
+        marker: str = STATE_FILE,
+    ) -> None:
         """Write a folder as one thing."""
         ...
 
@@ -57,11 +64,7 @@ def write_state(blobs: Blobs, path: str, state: RunState, *, base_model: str) ->
     Raises:
         StorageFailed: Nothing was written, for example because the disk is full.
     """
-    weights = {peft_name(name): array for name, array in state.adapter.weights.items()}
-    files = {
-        _CONFIG_FILE: _json(peft_config(state.adapter, base_model)),
-        _ADAPTER_FILE: encode(weights, prefix=_PEFT_PREFIX, framework="pt"),
-    }
+    files = adapter_files(state.adapter, base_model)
     if state.optimizer is not None:
         files[_OPTIMIZER_FILE] = encode(_moments(state.optimizer))
     if state.gradients is not None:
@@ -70,6 +73,15 @@ def write_state(blobs: Blobs, path: str, state: RunState, *, base_model: str) ->
     files[STATE_FILE] = _json(state_file(state, base_model, files).model_dump())
     blobs.put_folder(path, files, overwrite=True)
     return sum(len(data) for data in files.values())
+
+
+def adapter_files(adapter: AdapterState, base_model: str) -> dict[str, bytes]:
+    """An adapter as the files that PEFT, vLLM and others load."""
+    weights = {peft_name(name): array for name, array in adapter.weights.items()}
+    return {
+        CONFIG_FILE: _json(peft_config(adapter, base_model)),
+        ADAPTER_FILE: encode(weights, prefix=_PEFT_PREFIX, framework="pt"),
+    }
 
 
 def read_state(blobs: Blobs, path: str) -> RunState:
@@ -109,8 +121,8 @@ def _read_state_file(blobs: Blobs, path: str) -> StateFile:
 
 
 def _read_adapter(blobs: Blobs, path: str, state: StateFile) -> AdapterState:
-    where = f"{path}/{_ADAPTER_FILE}"
-    (theirs,) = split(_read(blobs, path, _ADAPTER_FILE, state), (_PEFT_PREFIX,), where)
+    where = f"{path}/{ADAPTER_FILE}"
+    (theirs,) = split(_read(blobs, path, ADAPTER_FILE, state), (_PEFT_PREFIX,), where)
     weights = {own_name(name): array for name, array in theirs.items()}
     check_pairs(weights, state.spec.rank, where)
     return AdapterState(spec=state.spec, weights=weights)

@@ -5,6 +5,8 @@ first one innermost, and so calls the tensors of ``experts.gate_up_proj`` and ``
 by the names ``experts.base_layer`` and ``experts``.
 """
 
+import re
+
 from twinkle_dask.types import AdapterState, Json
 
 _EXPERTS = (
@@ -33,7 +35,8 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
     """Settings of a PEFT ``LoraConfig``, all of those that say what the adapter computes.
 
     Targets are the last parts of the adapted paths; PEFT matches them in every layer, and
-    ``twinkle_dask.model.targets`` adapts a name in all layers or in none.
+    ``twinkle_dask.model.targets`` adapts a name in all layers or in none. A model that sees has the
+    same names in its vision tower, which is therefore excluded.
     """
     paths = {name.rsplit(".lora_", 1)[0] for name in adapter.weights}
     experts = {path for path in paths if path.split(".")[-2:-1] == ["experts"]}
@@ -50,7 +53,7 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "target_modules": sorted({_last_parts(path) for path in paths - experts}),
         "target_parameters": sorted({".".join(path.split(".")[-2:]) for path in experts}) or None,
-        "exclude_modules": None,
+        "exclude_modules": _elsewhere(paths),
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -64,6 +67,13 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
         "use_dora": False,
         "init_lora_weights": True,
     }
+
+
+def _elsewhere(paths: set[str]) -> str | None:
+    """A pattern of everything outside of the decoder, if that is a part of a part of the model."""
+    stems = {stem[1] for path in paths if (stem := re.match(r"(.+?)\.[^.]+\.\d+\.", path))}
+    inner = sorted(re.escape(stem) for stem in stems if "." in stem)
+    return rf"(?!(?:{'|'.join(inner)})\.|lm_head$).*" if inner else None
 
 
 def _last_parts(path: str) -> str:

@@ -79,6 +79,19 @@ class SaveFolder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExportFolder:
+    """Write a run's adapter for other programs to a new folder. Answers ``FolderSaved``.
+
+    Attributes:
+        recipients: Public keys of age, for which the files are encrypted; none for plain files.
+    """
+
+    folder: str
+    base_model: str
+    recipients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FolderSaved:
     """A folder is durable. ``num_bytes`` counts all its files."""
 
@@ -188,6 +201,7 @@ packing.register(
     Completion,
     CreateRun,
     DropRun,
+    ExportFolder,
     Failure,
     FolderSaved,
     Health,

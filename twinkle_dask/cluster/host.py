@@ -20,7 +20,7 @@ import structlog
 from distributed import get_worker
 
 from twinkle_dask import packing
-from twinkle_dask.checkpoints import folders
+from twinkle_dask.checkpoints import exports, folders
 from twinkle_dask.cluster.commands import (
     STREAM,
     Cancel,
@@ -28,6 +28,7 @@ from twinkle_dask.cluster.commands import (
     Completion,
     CreateRun,
     DropRun,
+    ExportFolder,
     Failure,
     FolderSaved,
     Health,
@@ -93,7 +94,7 @@ class Host:
         self._comm: Any = None
         self._samples: set[str] = set()
         self._completions: list[Completion] = []
-        self._saving: dict[str, tuple[Command, SaveFolder, int]] = {}
+        self._saving: dict[str, tuple[Command, SaveFolder | ExportFolder, int]] = {}
         self._lock = threading.Lock()
         self._engine, self._facts = self._build()
         worker: Any = get_worker()  # distributed has no types
@@ -254,6 +255,9 @@ class Host:
             case SaveFolder():
                 self._saving[command.id] = (command, body, epoch)
                 train(work.ExportState(gradients=body.gradients, optimizer=body.optimizer))
+            case ExportFolder():
+                self._saving[command.id] = (command, body, epoch)
+                train(work.ExportState(gradients=False, optimizer=False))
             case DropRun():
                 self._engine.post(lambda: self._drop(command))
             case Sample():
@@ -278,12 +282,25 @@ class Host:
             return
         self._complete(command_id, outcome)
 
-    def _save(self, command: Command, body: SaveFolder, epoch: int, state: RunState) -> None:
+    def _save(
+        self, command: Command, body: SaveFolder | ExportFolder, epoch: int, state: RunState
+    ) -> None:
         """Write a run's state to its folder; on the pool."""
         try:
-            size = folders.write_state(self._blobs, body.folder, state, base_model=body.base_model)
-            if self._config.role is Role.BOTH and not body.optimizer:
-                self._engine.offer_adapter(body.folder, state.adapter)
+            if isinstance(body, ExportFolder):
+                size = exports.write_export(
+                    self._blobs,
+                    body.folder,
+                    state.adapter,
+                    base_model=body.base_model,
+                    recipients=body.recipients,
+                )
+            else:
+                size = folders.write_state(
+                    self._blobs, body.folder, state, base_model=body.base_model
+                )
+                if self._config.role is Role.BOTH and not body.optimizer:
+                    self._engine.offer_adapter(body.folder, state.adapter)
         except Exception as error:  # noqa: BLE001 - becomes this command's answer
             self._complete(command.id, error, epoch)
         else:

@@ -107,9 +107,14 @@ class HostLink:
             future.set_exception(HostLost(f"Host {self.name} is gone."))
             return future
         self._waiting[command.id] = future
+        future.add_done_callback(lambda done: done.cancelled() and self._forget(command.id))
         self._outbox.append(command)
         self._outbox_filled.set()
         return future
+
+    def _forget(self, command_id: str) -> None:
+        """Nobody waits for the command any more, and a host may never answer it."""
+        self._waiting.pop(command_id, None)
 
     async def call(self, method: str, request: object, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         """One packed round trip to the actor.

@@ -4,7 +4,7 @@ Shapes: B rows, L padded length, T positions of rows packed one after another, D
 V vocabulary.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from twinkle_dask.errors import StartupError
+from twinkle_dask.errors import InvalidRequest, StartupError
 from twinkle_dask.model import attention
 from twinkle_dask.model.experts import AdaptedExperts, can_adapt
 from twinkle_dask.model.linears import AdaptedLinear, Siblings
@@ -25,7 +25,9 @@ from twinkle_dask.model.mixing import why_padded
 from twinkle_dask.model.norms import replace_norms
 from twinkle_dask.model.targets import Group, Target, body_targets, chosen
 from twinkle_dask.model.transposed import replace_conv1d
-from twinkle_dask.types import LoraSpec, ModelFacts
+from twinkle_dask.model.trial import try_out, try_to_see
+from twinkle_dask.model.vision import Patch, Vision
+from twinkle_dask.types import Image, LoraSpec, ModelFacts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,15 +63,23 @@ class BaseModel:
         tokenizer: The Hugging Face tokenizer, or None if the source has none.
         head: The output head, computed by the engines themselves.
         why_padded: Why its rows must stay apart, padded; None if they may be packed into one.
+        vision: What looks at images; None for a model that reads text alone.
     """
 
-    def __init__(self, model: nn.Module, facts: ModelFacts, tokenizer: Any | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        facts: ModelFacts,
+        tokenizer: Any | None,
+        vision: Vision | None = None,
+    ) -> None:
         """Freeze ``model``, wrap its linears in place, and try it on two short rows.
 
         Args:
             model: A ``transformers`` causal language model on its device, in its dtype.
             facts: Told to whoever asks; not checked against the model.
             tokenizer: Kept for others; not used here.
+            vision: Of the model, if it sees; adapters are for its decoder alone.
 
         Raises:
             StartupError: The architecture computes something that adapters or heads here do not.
@@ -79,8 +89,14 @@ class BaseModel:
         self._model = model.eval().requires_grad_(False)
         # Typed Any: transformers gives its models' attributes no types.
         hugging_face = cast("Any", model)
-        self._body: Any = hugging_face.base_model
-        self.why_padded = why_padded(model, self._body)
+        self.vision = vision
+        if vision is None:
+            self._body: Any = hugging_face.base_model
+            path = f"{hugging_face.base_model_prefix}."
+            self.why_padded = why_padded(model, self._body)
+        else:
+            self._body, path = vision.decoder, vision.decoder_path
+            self.why_padded = why_padded(self._body, self._body)
         replace_conv1d(model)
         self.head = _head(hugging_face)
         self.device: torch.device = self.head.weight_VD.device
@@ -88,7 +104,7 @@ class BaseModel:
         self._context = PlanContext(self.device)
         vocab_size, hidden_size = self.head.weight_VD.shape
         self._targets = (
-            *body_targets(self._body, f"{hugging_face.base_model_prefix}."),
+            *body_targets(self._body, path),
             Target(
                 module_path=self.head.path,
                 in_features=hidden_size,
@@ -102,7 +118,11 @@ class BaseModel:
             replace_norms(model)
         self._checkpointing = False
         self._layers = self._checkpointing_layers()
-        self._try_out()
+        experts = {path: experts.module for path, experts in self._experts.items()}
+        adapted: dict[str, nn.Module] = {**self._wrapped, **experts}
+        self._join_siblings(try_out(self, model, adapted, flat=bool(experts)))
+        if vision is not None:
+            try_to_see(self, model, vision)
 
     @property
     def mixes_only_by_attention(self) -> bool:
@@ -138,6 +158,7 @@ class BaseModel:
         positions_BL: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Any | None = None,  # a transformers Cache
+        patches: Sequence[Patch] = (),
     ) -> Tensor:
         """Hidden states (B, L, D) after the final norm, in the base model's dtype.
 
@@ -151,12 +172,15 @@ class BaseModel:
             positions_BL: int64 positions; by default they go on from the cache's length.
             attention_mask: As Transformers takes it; None is causal over everything.
             cache: Read and extended in place if given.
+            patches: Images that stand where some of the tokens are.
         """
         if self._experts:  # they, and what shares their layer, see tokens without their rows
             plan = plan.flattened(*tokens_BL.shape)
+        embedded_BLD = self._embedded(tokens_BL, patches) if patches else None
         with self._context.use(plan):
             output = self._body(
-                input_ids=tokens_BL,
+                input_ids=tokens_BL if embedded_BLD is None else None,
+                inputs_embeds=embedded_BLD,
                 attention_mask=attention_mask,
                 position_ids=positions_BL,
                 past_key_values=cache,
@@ -169,13 +193,28 @@ class BaseModel:
             hidden_BLD.requires_grad_()
         return hidden_BLD
 
-    def hidden_packed(self, tokens_T: Tensor, rows: attention.Rows, plan: BatchPlan) -> Tensor:
+    def _embedded(self, tokens_BL: Tensor, patches: Sequence[Patch]) -> Tensor:
+        with torch.no_grad():
+            embedded_BLD: Tensor = self._body.get_input_embeddings()(tokens_BL)
+            flat_TD = embedded_BLD.flatten(0, 1)
+            for patch in patches:
+                flat_TD[patch.place : patch.place + len(patch.embedded_PD)] = patch.embedded_PD
+            return embedded_BLD
+
+    def hidden_packed(
+        self,
+        tokens_T: Tensor,
+        rows: attention.Rows,
+        plan: BatchPlan,
+        patches: Sequence[Patch] = (),
+    ) -> Tensor:
         """As ``hidden``, of rows that lie one after another in one sequence.
 
         Args:
             tokens_T: int64 token ids.
             rows: Where each row begins; rows do not see each other.
             plan: Over positions.
+            patches: Images that stand where some of the tokens are.
 
         Returns:
             (T, D).
@@ -184,7 +223,21 @@ class BaseModel:
         lengths = (rows.bounds[1:] - rows.bounds[:-1]).long()
         positions_T -= rows.bounds[:-1].long().repeat_interleave(lengths)
         with attention.packed(rows):
-            return self.hidden(tokens_T[None], plan, positions_BL=positions_T[None])[0]
+            return self.hidden(
+                tokens_T[None], plan, positions_BL=positions_T[None], patches=patches
+            )[0]
+
+    def look(self, rows: Sequence[Sequence[Image]]) -> dict[bytes, Tensor]:
+        """What the images of some rows look like to the decoder, by their encoded bytes.
+
+        Raises:
+            InvalidRequest: An image is damaged, or the model sees none.
+        """
+        if not any(rows):
+            return {}
+        if self.vision is None:
+            raise InvalidRequest("This model reads text alone, and there are images.")
+        return self.vision.of_rows(rows)
 
     @property
     def can_checkpoint(self) -> bool:
@@ -232,7 +285,7 @@ class BaseModel:
     def _checkpointing_layers(self) -> list[Any]:
         layers: list[Any] = [
             module
-            for module in self._model.modules()
+            for module in self._body.modules()
             if isinstance(module, GradientCheckpointingLayer)
         ]
         # Not by transformers' own switch, which works in training mode only, where some layers also
@@ -257,52 +310,6 @@ class BaseModel:
             setattr(parent, name, wrapped[target.module_path])
         return wrapped
 
-    def _try_out(self) -> None:
-        """Run two rows once and refuse a model that breaks what the engines rely on.
-
-        That is: every wrapped linear is really called, with rows first; attention is causal; and
-        the logits are the head's product alone. Takes milliseconds, and catches architectures that
-        no list of names would.
-        """
-        calls: list[tuple[AdaptedLinear, Tensor]] = []
-        called: list[nn.Module] = []
-        experts = {path: experts.module for path, experts in self._experts.items()}
-        adapted: dict[str, nn.Module] = {**self._wrapped, **experts}
-        tokens_BL = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=self.device)
-
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            shape = tuple(size for size in inputs[0].shape[:-1] if size != 1)
-            # Beside experts rows may be flattened, since plans are over positions then.
-            if shape == tokens_BL.shape or (experts and shape == (tokens_BL.numel(),)):
-                called.append(module)
-                if isinstance(module, AdaptedLinear):
-                    calls.append((module, inputs[0]))
-
-        hooks = [part.register_forward_pre_hook(note) for part in adapted.values()]
-        try:
-            with torch.no_grad():
-                hidden_BLD = self.hidden(tokens_BL, BatchPlan())
-                in_body, called_in_body = list(calls), set(called)
-                expected_BLV: Tensor = self._model(input_ids=tokens_BL, use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if silent := [path for path, part in adapted.items() if part not in called_in_body]:
-            raise StartupError(
-                "This architecture is not supported: it does not call its linear layers on rows of "
-                f"tokens ({', '.join(silent[:4])}), so adapters on them would have no effect."
-            )
-        if not _close(hidden_BLD[0, :-1], hidden_BLD[1, :-1]):
-            raise StartupError(
-                "This model is not causal: what a token sees depends on the tokens after it."
-            )
-        if not _close(self.head.logits(hidden_BLD, BatchPlan()), expected_BLV.float()):
-            raise StartupError(
-                "This architecture is not supported yet: its logits are not the plain product of "
-                "the last hidden state and the output head."
-            )
-        self._join_siblings(in_body)
-
     def _join_siblings(self, calls: list[tuple[AdaptedLinear, Tensor]]) -> None:
         """Let linears of one group that were called with one and the same tensor be one node."""
         group_of = {target.module_path: target.group for target in self._targets}
@@ -314,11 +321,6 @@ class BaseModel:
                 siblings = Siblings(linears)
                 for linear in linears:
                     linear.siblings = siblings
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to bfloat16 noise, measured against the largest value."""
-    return bool((a - b).abs().max() <= 0.02 * b.abs().max())
 
 
 def _head(model: Any) -> HeadProjection:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +11,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from twinkle_dask.errors import StartupError
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.source import ModelSource, SourceKind, check_source, hub_is_offline
+from twinkle_dask.model.vision import FAMILIES, Vision
 from twinkle_dask.types import ModelFacts
 
 log = logging.getLogger(__name__)
@@ -22,6 +27,8 @@ log = logging.getLogger(__name__)
 # These libraries' methods are untyped or partly so; they are used through Any on purpose.
 _config_class: Any = transformers.AutoConfig
 _model_class: Any = transformers.AutoModelForCausalLM
+_seeing_class: Any = transformers.AutoModelForImageTextToText
+_image_processor_class: Any = transformers.AutoImageProcessor
 _tokenizer_class: Any = transformers.AutoTokenizer
 _hub: Any = huggingface_hub
 
@@ -42,7 +49,7 @@ _LOGIT_MATHS = {
 
 
 def load_base(source: str, dtype: str, max_rank: int) -> BaseModel:
-    """Load a causal language model, frozen and ready to wear adapters.
+    """Load a causal language model, frozen and ready to wear adapters; it may see as well.
 
     Args:
         source: A Hugging Face folder, a GGUF file or a folder with one, or a hub id.
@@ -59,7 +66,11 @@ def load_base(source: str, dtype: str, max_rank: int) -> BaseModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load_model(place, dtype, device).to(device)
     tokenizer = _load_tokenizer(place)
-    base = BaseModel(model, _facts(model, place, tokenizer, max_rank), tokenizer)
+    vision = _load_vision(model, place)
+    facts = _facts(model, place, tokenizer, max_rank)
+    if vision is not None:
+        facts = replace(facts, images=vision.facts)
+    base = BaseModel(model, facts, tokenizer, vision)
     if base.why_padded is not None:
         log.warning(
             "Rows of %s are padded to the longest, which is slower than packing them: %s",
@@ -127,7 +138,8 @@ def _load_model(place: ModelSource, dtype: str, device: torch.device) -> nn.Modu
     try:
         config = _config_class.from_pretrained(place.location, **_file(place))
         _refuse_unsupported(config, place)
-        model, report = _model_class.from_pretrained(
+        model_class = _seeing_class if config.model_type in FAMILIES else _model_class
+        model, report = model_class.from_pretrained(
             place.location,
             config=config,
             dtype=choose_dtype(dtype, device, config.get_text_config().hidden_size),
@@ -163,12 +175,33 @@ def _weights(place: ModelSource) -> dict[str, Any]:
     return {**_file(place), "quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
+def _load_vision(model: nn.Module, place: ModelSource) -> Vision | None:
+    if cast("Any", model).config.model_type not in FAMILIES:
+        return None
+    try:
+        # "pil" computes without torchvision, and the same numbers on every machine.
+        processor = _image_processor_class.from_pretrained(
+            place.location, backend="pil", **_file(place)
+        )
+    except Exception as error:  # as many kinds as there are image processors
+        raise StartupError(
+            f"The image processor of model {place.location} cannot be loaded: {_first_line(error)}"
+        ) from error
+    return Vision(model, processor)
+
+
 def _refuse_unsupported(config: Any, place: ModelSource) -> None:
     causal = cast("dict[str, str]", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    seeing = cast("dict[str, str]", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     named: list[str] = config.architectures or []
     # transformers takes the text part out of some models that see as well, such as Qwen3.5.
     text_part = config.get_text_config() is not config and not config.is_encoder_decoder
-    known = config.model_type in causal
+    known = config.model_type in causal or config.model_type in FAMILIES
+    if not known and config.model_type in seeing:
+        raise StartupError(
+            f"Model {place.location} sees in a way that is not supported ({config.model_type}). "
+            f"Models that see and are supported are {', '.join(sorted(FAMILIES))}."
+        )
     if not known or (named and not text_part and not set(named) & set(causal.values())):
         raise StartupError(
             f"Model {place.location} is no causal language model but "

@@ -1,16 +1,24 @@
-"""Saved checkpoints: finding, listing, expiry, deletion."""
+"""Saved checkpoints: adding, finding, sharing, expiry, removal.
+
+Several records may name one folder, since copies share their source's files; the files go with the
+last of them. A removal takes the record's name and lets its time come first, so that nobody finds
+it any more, then removes the files and then the record; ``remove_expired`` goes on with one that
+was broken off.
+"""
 
 import asyncio
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import structlog
 
 from twinkle_dask.clock import utc_now
-from twinkle_dask.errors import NotFound
+from twinkle_dask.errors import InvalidRequest, NotFound, NotPermitted, StorageFailed
 from twinkle_dask.operations import validation
+from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.values import CheckpointAddress, CheckpointInfo, Page, Tenant
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.store.records import CheckpointRecord
+from twinkle_dask.store.records import CheckpointKind, CheckpointRecord
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import RunId, TenantId
 
@@ -18,32 +26,87 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class Checkpoints:
-    """A tenant's saved state. Another tenant's looks as if it did not exist."""
+    """A tenant's saved state. Another tenant's looks as if there were none, unless it is public."""
 
-    def __init__(self, store: Store, blobs: BlobStore) -> None:
+    def __init__(self, store: Store, blobs: BlobStore, audit: Audit) -> None:
         self._store = store
         self._blobs = blobs
+        self._audit = audit
+        self._on_removed: list[Callable[[str], None]] = []
 
-    async def find(self, tenant: TenantId, address: CheckpointAddress) -> CheckpointRecord:
-        """The record under an address.
+    def on_removed(self, tell: Callable[[str], None]) -> None:
+        """Have ``tell`` called with the id of every checkpoint that is removed."""
+        self._on_removed.append(tell)
+
+    async def add(self, record: CheckpointRecord, *, overwrite: bool, by: Tenant) -> None:
+        """Record a checkpoint whose files are written. Repeating it changes nothing.
 
         Raises:
-            NotFound: None of this tenant's, or it has expired.
+            InvalidRequest: Its name is taken; the files are removed.
         """
-        record = await self._store.checkpoints.get(tenant, address.run, address.kind, address.name)
-        if record is None or (record.expires_at is not None and record.expires_at <= utc_now()):
-            raise NotFound(
-                f"There is no checkpoint {address.kind}/{address.name} of run {address.run!r}."
+        other = await self._store.checkpoints.add(record, overwrite=overwrite)
+        if other is not None and other.id != record.id:
+            expired = other.expires_at is not None and other.expires_at <= record.created_at
+            if not (overwrite or expired):
+                await asyncio.to_thread(self._blobs.remove, record.path)
+                raise name_taken(record.name)
+            await self.remove(other)
+        if record.name is not None:
+            await self._audit.record(
+                by, "checkpoints.created", once=record.id, path=_path(_address(record))
             )
+
+    async def find(self, tenant: TenantId, address: CheckpointAddress) -> CheckpointRecord:
+        """A state to go on from or to sample: the tenant's own, or a public one.
+
+        Raises:
+            NotFound: There is none that the tenant may read.
+            InvalidRequest: It was exported for other programs.
+        """
+        if address.kind is CheckpointKind.EXTERNAL:
+            raise InvalidRequest(
+                f"{_path(address)} was exported for other programs and cannot be loaded here. "
+                "Load a training checkpoint or sampler weights."
+            )
+        return await self.readable(tenant, address)
+
+    async def readable(self, tenant: TenantId, address: CheckpointAddress) -> CheckpointRecord:
+        """A checkpoint of any kind: the tenant's own, or a public one.
+
+        Raises:
+            NotFound: There is none that the tenant may read.
+        """
+        at = address
+        record = await self._store.checkpoints.readable(tenant, at.run, at.kind, at.name)
+        if record is None:
+            raise _unknown(address)
+        return record
+
+    async def own(self, tenant: TenantId, address: CheckpointAddress) -> CheckpointRecord:
+        """The tenant's own checkpoint, to be changed.
+
+        Raises:
+            NotFound: None of this tenant's.
+            NotPermitted: It is public and belongs to another tenant.
+        """
+        record = await self.readable(tenant, address)
+        if record.tenant_id != tenant:
+            raise NotPermitted(f"Checkpoint {_path(address)} is not yours; only its owner may.")
         return record
 
     async def info(self, tenant: Tenant, address: CheckpointAddress) -> CheckpointInfo:
         """What is recorded under an address."""
-        return describe(await self.find(tenant.id, address))
+        return describe(await self.readable(tenant.id, address))
 
     async def of_run(self, tenant: Tenant, run: RunId) -> tuple[CheckpointInfo, ...]:
-        """A run's named checkpoints, oldest first."""
+        """A run's named checkpoints, oldest first; of another tenant's run the public ones.
+
+        Raises:
+            NotFound: No such run of this tenant, nor one of another's that has public ones.
+        """
         records = await self._store.checkpoints.for_run(tenant.id, run)
+        if not records and await self._store.runs.get(tenant.id, run) is None:
+            raise NotFound(f"There is no run {run!r}.")
         return tuple(describe(record) for record in records)
 
     async def page(self, tenant: Tenant, limit: int, offset: int) -> Page[CheckpointInfo]:
@@ -53,32 +116,79 @@ class Checkpoints:
         return Page(items=items, total=total, limit=limit, offset=offset)
 
     async def delete(self, tenant: Tenant, address: CheckpointAddress) -> None:
-        """Remove a checkpoint and its files."""
-        await self.remove(await self.find(tenant.id, address))
+        """Remove a checkpoint, and its files unless a copy has them."""
+        await self.remove(await self.own(tenant.id, address))
+        await self._audit.record(tenant, "checkpoints.deleted", path=_path(address))
 
     async def set_ttl(self, tenant: Tenant, address: CheckpointAddress, ttl_s: int | None) -> None:
         """Let a checkpoint expire ``ttl_s`` from now, or never."""
         validation.ttl(ttl_s)
-        record = await self.find(tenant.id, address)
+        record = await self.own(tenant.id, address)
         when = None if ttl_s is None else utc_now() + timedelta(seconds=ttl_s)
-        await self._store.checkpoints.set_expiry(record.id, when)
+        if not await self._store.checkpoints.set_expiry(record.id, when):
+            raise _unknown(address)
+        await self._audit.record(
+            tenant,
+            "checkpoints.ttl_changed",
+            path=_path(address),
+            expires_at="never" if when is None else when.isoformat(),
+        )
+
+    async def set_public(self, tenant: Tenant, address: CheckpointAddress, *, public: bool) -> None:
+        """Let every tenant read a checkpoint, or its owner alone. Repeating it changes nothing."""
+        record = await self.own(tenant.id, address)
+        if await self._store.checkpoints.set_public(record.id, public):
+            event = "checkpoints.published" if public else "checkpoints.unpublished"
+            await self._audit.record(tenant, event, path=_path(address))
+
+    async def touch(self, used: Iterable[str]) -> None:
+        """Write down that checkpoints were sampled just now."""
+        await self._store.checkpoints.touch(used, utc_now())
 
     async def remove_expired(self) -> None:
-        """Delete what has outlived its time."""
+        """Delete what has outlived its time, and what was on its way out."""
         for record in await self._store.checkpoints.expired(utc_now()):
-            await self.remove(record)
+            if not await self._try_to_remove(record) or record.name is None:
+                continue
             log.info("checkpoint_expired", run=record.run_id, name=record.name)
+            by_itself = Tenant(id=record.tenant_id, name="expiry", key_hint="")
+            await self._audit.record(by_itself, "checkpoints.expired", path=_path(_address(record)))
+
+    async def remove_idle(self, idle_s: float) -> None:
+        """Delete weights of one sampler alone that nobody sampled for so long."""
+        before = utc_now() - timedelta(seconds=idle_s)
+        for record in await self._store.checkpoints.idle(before):
+            if await self._try_to_remove(record):
+                log.info("idle_weights_removed", run=record.run_id)
 
     async def remove(self, record: CheckpointRecord) -> None:
-        """Delete a record first and its files then, so that no listing shows a phantom."""
+        """Delete a record and, unless a copy has them, its files.
+
+        Raises:
+            StorageFailed: Nobody finds it any more, but something of it is left; ``remove_expired``
+                tries again.
+        """
+        await self._store.checkpoints.retire(record.id, utc_now())
+        for tell in self._on_removed:
+            tell(record.id)
+        if not await self._store.checkpoints.is_shared(record):
+            await asyncio.to_thread(self._blobs.remove, record.path)
         await self._store.checkpoints.delete(record.id)
-        await asyncio.to_thread(self._blobs.remove, record.path)
+
+    async def _try_to_remove(self, record: CheckpointRecord) -> bool:
+        """One that cannot be removed does not keep the others from going."""
+        try:
+            await self.remove(record)
+        except StorageFailed as error:
+            log.warning("checkpoint_not_removed", path=record.path, error=error.message)
+            return False
+        return True
 
 
 def describe(record: CheckpointRecord) -> CheckpointInfo:
-    """A named checkpoint's record as its owner sees it."""
+    """A named checkpoint's record as its readers see it."""
     return CheckpointInfo(
-        address=CheckpointAddress(run=record.run_id, kind=record.kind, name=record.name or ""),
+        address=_address(record),
         base_model=record.base_model,
         spec=record.spec,
         created_at=record.created_at,
@@ -87,3 +197,22 @@ def describe(record: CheckpointRecord) -> CheckpointInfo:
         public=record.public,
         user_metadata=record.user_metadata,
     )
+
+
+def name_taken(name: str | None) -> InvalidRequest:
+    """What to say about a second checkpoint of the same name."""
+    return InvalidRequest(
+        f"A checkpoint {name!r} of this run exists already; choose another name or overwrite it."
+    )
+
+
+def _address(record: CheckpointRecord) -> CheckpointAddress:
+    return CheckpointAddress(run=record.run_id, kind=record.kind, name=record.name or "")
+
+
+def _path(address: CheckpointAddress) -> str:
+    return f"{address.run}/{address.kind}/{address.name}"
+
+
+def _unknown(address: CheckpointAddress) -> NotFound:
+    return NotFound(f"There is no checkpoint {address.kind}/{address.name} of run {address.run!r}.")

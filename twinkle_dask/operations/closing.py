@@ -3,19 +3,26 @@
 import structlog
 
 from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.events import Events
+from twinkle_dask.operations.inflight import InflightWeights
+from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.runs import Runs
-from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.samplers import Samplers
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.sweeping import remove_all
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.store.records import RunRecord
+from twinkle_dask.store.records import RunPhase, RunRecord
 from twinkle_dask.store.store import Store
 
 log = structlog.stdlib.get_logger(__name__)
 
 
+#: A client polls again at once as long as it waits for something.
+_FORGET_EVENTS_S = 600.0
+
+
 class Closing:
-    """Closes the runs of ended sessions.
+    """Closes the runs of ended sessions, and those that were unloaded.
 
     What was acknowledged before the end is still done, and results and named checkpoints stay.
     Everything else goes: the lane, the snapshot, the payloads in the journal, and weights that
@@ -30,14 +37,20 @@ class Closing:
         blobs: BlobStore,
         sessions: Sessions,
         runs: Runs,
-        sampling: Sampling,
+        samplers: Samplers,
+        events: Events,
+        recording: Recording,
+        inflight: InflightWeights,
         checkpoints: Checkpoints,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._sessions = sessions
         self._runs = runs
-        self._sampling = sampling
+        self._samplers = samplers
+        self._events = events
+        self._recording = recording
+        self._inflight = inflight
         self._checkpoints = checkpoints
 
     async def close_ended(self) -> None:
@@ -47,13 +60,19 @@ class Closing:
             StorageFailed: The records cannot be read or written; the next round goes on.
         """
         await self._runs.drop_ended()
-        self._sampling.forget_ended()
+        self._samplers.forget_ended()
+        self._events.forget_idle(_FORGET_EVENTS_S)
         for run in await self._store.runs.to_close():
             # The record of a session ends a moment before the session does; see Sessions.
-            if not (self._sessions.is_active(run.session_id) or self._runs.has_lane(run.id)):
+            active = self._sessions.is_active(run.session_id)
+            over = run.state is RunPhase.UNLOADED or not active
+            if over and not self._runs.has_lane(run.id):
                 await self._close(run)
         for weights in await self._store.checkpoints.left_behind():
             await self._checkpoints.remove(weights)
+        await self._inflight.remove_superseded()
+        await self._recording.remove_ended()
+        await self._store.custom_losses.remove_ended()
 
     async def _close(self, run: RunRecord) -> None:
         await self._store.runs.close(run.id)

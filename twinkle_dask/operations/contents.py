@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from twinkle_dask.errors import StorageFailed
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.store.records import OperationRecord
+from twinkle_dask.store.records import OperationRecord, RecordedRecord
 
 #: SQLite writes a whole row anew when its state changes, so larger ones are better off as files.
 INLINE_BYTES = 64 * 1024
@@ -57,6 +57,15 @@ async def result_of(blobs: BlobStore, record: OperationRecord) -> bytes:
         StorageFailed: It cannot be read.
     """
     return await _read(blobs, record.result, record.result_path)
+
+
+async def recorded_of(blobs: BlobStore, record: RecordedRecord) -> bytes:
+    """A packed recorded sample.
+
+    Raises:
+        StorageFailed: It cannot be read.
+    """
+    return await _read(blobs, record.content, record.content_path)
 
 
 async def _read(blobs: BlobStore, inline: bytes | None, path: str | None) -> bytes:

@@ -1,6 +1,5 @@
 """What an operation's outcome means for the records, before its ticket is done."""
 
-import asyncio
 from datetime import timedelta
 
 import structlog
@@ -9,17 +8,28 @@ from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.commands import FolderSaved
 from twinkle_dask.errors import InvalidRequest, NotFound, StorageFailed, TwinkleDaskError
+from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.inflight import InflightWeights
 from twinkle_dask.operations.lanes import LaneOperation
-from twinkle_dask.operations.requests import LoadState, SaveForSampler, SaveState, StartRun
+from twinkle_dask.operations.requests import (
+    LoadState,
+    SaveExternal,
+    SaveForSampler,
+    SaveState,
+    StartRun,
+    UnloadRun,
+)
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.values import (
     CheckpointAddress,
+    Exported,
     Loaded,
     RunCreated,
     SamplerSaved,
     Saved,
+    Tenant,
+    Unloaded,
 )
-from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.records import (
     CheckpointKind,
     CheckpointRecord,
@@ -39,9 +49,16 @@ class Finisher:
     replayed, so ids and folders come from the request and a second time changes nothing.
     """
 
-    def __init__(self, store: Store, blobs: BlobStore, tickets: TicketBoard) -> None:
+    def __init__(
+        self,
+        store: Store,
+        checkpoints: Checkpoints,
+        tickets: TicketBoard,
+        inflight: InflightWeights,
+    ) -> None:
+        self._inflight = inflight
         self._store = store
-        self._blobs = blobs
+        self._checkpoints = checkpoints
         self._tickets = tickets
 
     async def finish(
@@ -53,7 +70,7 @@ class Finisher:
             StorageFailed: Something could not be stored; call again with the same outcome.
         """
         if isinstance(operation.request, LoadState) and isinstance(outcome, StorageFailed):
-            outcome = await self._deleted(run, operation.request) or outcome
+            outcome = await self._deleted(operation.request) or outcome
         if not isinstance(outcome, TwinkleDaskError):
             try:
                 result = await self._record(run, operation, outcome)
@@ -73,11 +90,10 @@ class Finisher:
         )
         await self._tickets.fail(operation.ticket, outcome)
 
-    async def _deleted(self, run: RunRecord, request: LoadState) -> NotFound | None:
+    async def _deleted(self, request: LoadState) -> NotFound | None:
         """What to say if the checkpoint was deleted while the load waited for its turn."""
         at = request.address
-        record = await self._store.checkpoints.get(run.tenant_id, at.run, at.kind, at.name)
-        if record is not None and record.path == request.folder:
+        if await self._store.checkpoints.has_folder(request.folder):
             return None
         return NotFound(f"Checkpoint {at.kind}/{at.name} of run {at.run!r} was deleted meanwhile.")
 
@@ -99,20 +115,32 @@ class Finisher:
             case SaveForSampler() as request:
                 saved = packing.unpack(result)
                 await self._add_checkpoint(run, request, CheckpointKind.SAMPLER, saved.num_bytes)
+                if request.inflight:
+                    await self._inflight.publish(
+                        run.id, operation.seq, request.checkpoint_id, request.folder
+                    )
                 return packing.pack(await self._sampler_saved(run, request))
+            case SaveExternal() as request:
+                saved = packing.unpack(result)
+                await self._add_checkpoint(run, request, CheckpointKind.EXTERNAL, saved.num_bytes)
+                address = CheckpointAddress(
+                    run=run.id, kind=CheckpointKind.EXTERNAL, name=request.name
+                )
+                return packing.pack(Exported(address=address, size_bytes=saved.num_bytes))
+            case UnloadRun():
+                await self._store.runs.set_state(run.id, RunPhase.UNLOADED)
+                return packing.pack(Unloaded(run=run.id))
             case _:
                 return result
 
     async def _add_checkpoint(
         self,
         run: RunRecord,
-        request: SaveState | SaveForSampler,
+        request: SaveState | SaveForSampler | SaveExternal,
         kind: CheckpointKind,
         num_bytes: int,
     ) -> None:
         now = utc_now()
-        overwrite = isinstance(request, SaveState) and request.overwrite
-        expires_at = None if request.ttl_s is None else now + timedelta(seconds=request.ttl_s)
         record = CheckpointRecord(
             id=request.checkpoint_id,
             tenant_id=run.tenant_id,
@@ -124,21 +152,13 @@ class Finisher:
             spec=run.spec,
             has_optimizer=isinstance(request, SaveState),
             size_bytes=num_bytes,
-            user_metadata=request.user_metadata,
+            user_metadata={} if isinstance(request, SaveExternal) else request.user_metadata,
             created_at=now,
-            expires_at=expires_at,
+            expires_at=None if request.ttl_s is None else now + timedelta(seconds=request.ttl_s),
         )
-        other = await self._store.checkpoints.add(record, overwrite=overwrite)
-        if other is None or other.id == record.id:
-            return
-        if overwrite:
-            await asyncio.to_thread(self._blobs.remove, other.path)
-            return
-        await asyncio.to_thread(self._blobs.remove, record.path)
-        raise InvalidRequest(
-            f"A checkpoint {request.name!r} of this run exists already; choose another name or "
-            "overwrite it."
-        )
+        overwrite = isinstance(request, SaveState) and request.overwrite
+        by = Tenant(id=run.tenant_id, name=request.actor, key_hint=request.key_hint)
+        await self._checkpoints.add(record, overwrite=overwrite, by=by)
 
     async def _sampler_saved(self, run: RunRecord, request: SaveForSampler) -> SamplerSaved:
         if request.sampler is None or request.sampler_seq is None:
@@ -153,7 +173,8 @@ class Finisher:
                 tenant_id=run.tenant_id,
                 sampler_seq=request.sampler_seq,
                 base_model=run.base_model,
-                checkpoint_id=request.checkpoint_id,
+                checkpoint_id=None if request.inflight else request.checkpoint_id,
+                follows_run_id=run.id if request.inflight else None,
                 created_at=utc_now(),
             )
         )

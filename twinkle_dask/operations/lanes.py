@@ -26,6 +26,7 @@ from twinkle_dask.cluster.commands import (
     Command,
     CreateRun,
     DropRun,
+    ExportFolder,
     LoadFolder,
     SaveFolder,
 )
@@ -46,15 +47,17 @@ from twinkle_dask.operations import contents
 from twinkle_dask.operations.requests import (
     LaneRequest,
     LoadState,
+    SaveExternal,
     SaveForSampler,
     SaveState,
     StartRun,
+    UnloadRun,
     changes_run,
 )
 from twinkle_dask.operations.values import TicketKind
 from twinkle_dask.scheduling import RunOrder
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.store.records import OperationRecord, OperationState, RunRecord
+from twinkle_dask.store.records import OperationRecord, OperationState, RunPhase, RunRecord
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import ForwardBackward, OptimStep, TicketId
 
@@ -150,6 +153,7 @@ class Lane:
         self._snapshot_wanted = False
         self._snapshotting = False
         self._release_wanted = False
+        self._unloading = False
         self._last_sent = next_seq - 1
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,6 +165,11 @@ class Lane:
         return len(self.order) + len(self._in_flight)
 
     @property
+    def unloaded(self) -> bool:
+        """Whether the run takes no more work, since it is or will be unloaded."""
+        return self._unloading or self.run.state in {RunPhase.UNLOADED, RunPhase.CLOSED}
+
+    @property
     def paused(self) -> str | None:
         """Why the run waits for room on its host, as the host said last; None if it does not."""
         if self._link is None or self.run.id not in self._link.health.paused:
@@ -170,6 +179,8 @@ class Lane:
     def accept(self, operation: LaneOperation) -> None:
         """Let an acknowledged operation wait for its turn."""
         self.order.add(operation.seq, operation, time.monotonic())
+        if isinstance(operation.request, UnloadRun):
+            self._unloading = True
         if self._main is None or self._main.done():
             self._main = asyncio.create_task(self._run_forever(), name=f"lane {self.run.id}")
         self._wake.set()
@@ -369,11 +380,23 @@ class Lane:
             self._parts.suspects.release()
 
     def _send(self, link: HostLink, operation: LaneOperation, attempt: int) -> None:
+        if isinstance(operation.request, UnloadRun):
+            self._answers[operation.seq] = self._start(self._unload(attempt, operation))
+            return
         answer = link.send(self._host_command(operation.request, operation.payload))
         self._last_sent = max(self._last_sent, operation.seq)
         self._count(operation.request, len(operation.payload))
         waiting = self._await_answer(attempt, operation, answer)
         self._answers[operation.seq] = self._start(waiting)
+
+    async def _unload(self, attempt: int, operation: LaneOperation) -> None:
+        """Leave the host once everything before has its outcome."""
+        before = [task for at, task in self._answers.items() if at < operation.seq]
+        if before:
+            await asyncio.wait(before)
+        if attempt == self._attempt:
+            await self._record(operation, b"")
+            self.release()
 
     def _count(self, request: LaneRequest, num_bytes: int) -> None:
         if changes_run(request):
@@ -479,6 +502,17 @@ class Lane:
                         gradients=False,
                     )
                 )
+
+            case SaveExternal():
+                return self._command(
+                    ExportFolder(
+                        folder=request.folder,
+                        base_model=self.run.base_model,
+                        recipients=request.recipients,
+                    )
+                )
+            case UnloadRun():
+                return self._command(DropRun())
 
     def _command(self, body: object, packed: bytes | None = None) -> Command:
         return Command(

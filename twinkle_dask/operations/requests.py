@@ -19,7 +19,11 @@ class StartRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveState:
-    """Save a training checkpoint. Folder and id are fixed here, so that a repeat is harmless."""
+    """Save a training checkpoint. Folder and id are fixed here, so that a repeat is harmless.
+
+    Attributes:
+        actor: Who asked, for the audit trail; so ``key_hint``.
+    """
 
     name: str
     overwrite: bool
@@ -27,11 +31,18 @@ class SaveState:
     user_metadata: Json
     checkpoint_id: str
     folder: str
+    actor: str = ""
+    key_hint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveForSampler:
-    """Save sampler weights under a name, or as the sampler ``sampler``."""
+    """Save sampler weights under a name, or as the sampler ``sampler``.
+
+    Attributes:
+        inflight: The sampler, and every other one that was made so, samples with the newest of
+            these weights.
+    """
 
     name: str | None
     sampler: SamplerId | None
@@ -40,6 +51,31 @@ class SaveForSampler:
     user_metadata: Json
     checkpoint_id: str
     folder: str
+    actor: str = ""
+    key_hint: str = ""
+    inflight: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveExternal:
+    """Export the adapter under a name, for other programs.
+
+    Attributes:
+        recipients: Public keys of age, for which the files are encrypted; none for plain files.
+    """
+
+    name: str
+    ttl_s: int | None
+    recipients: tuple[str, ...]
+    checkpoint_id: str
+    folder: str
+    actor: str = ""
+    key_hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadRun:
+    """Free the run's memory for good, once everything before is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +92,14 @@ class LoadState:
 
 
 LaneRequest: TypeAlias = (
-    StartRun | ForwardBackward | OptimStep | SaveState | SaveForSampler | LoadState
+    StartRun
+    | ForwardBackward
+    | OptimStep
+    | SaveState
+    | SaveForSampler
+    | SaveExternal
+    | LoadState
+    | UnloadRun
 )
 
 
@@ -89,6 +132,10 @@ def kind_of(request: LaneRequest) -> TicketKind:
             return TicketKind.SAVE_STATE
         case SaveForSampler():
             return TicketKind.SAVE_FOR_SAMPLER
+        case SaveExternal():
+            return TicketKind.SAVE_EXTERNAL
+        case UnloadRun():
+            return TicketKind.UNLOAD_RUN
         case LoadState():
             return TicketKind.LOAD_STATE
 
@@ -98,10 +145,10 @@ def changes_run(request: LaneRequest) -> bool:
     match request:
         case ForwardBackward():
             return request.backward
-        case SaveState() | SaveForSampler():
+        case SaveState() | SaveForSampler() | SaveExternal() | UnloadRun():
             return False
         case StartRun() | OptimStep() | LoadState():
             return True
 
 
-packing.register(LoadState, SaveForSampler, SaveState, StartRun)
+packing.register(LoadState, SaveExternal, SaveForSampler, SaveState, StartRun, UnloadRun)

@@ -30,11 +30,20 @@ from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.describing import describe_runs
 from twinkle_dask.operations.finishing import Finisher
+from twinkle_dask.operations.inflight import InflightWeights
 from twinkle_dask.operations.lanes import Lane, LaneOperation, LaneParts
 from twinkle_dask.operations.quotas import Quotas
-from twinkle_dask.operations.requests import LaneRequest, StartRun, changes_run, kind_of, load_of
+from twinkle_dask.operations.requests import (
+    LaneRequest,
+    StartRun,
+    UnloadRun,
+    changes_run,
+    kind_of,
+    load_of,
+)
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
+from twinkle_dask.operations.usage import input_tokens
 from twinkle_dask.operations.values import (
     CheckpointAddress,
     LoraRequest,
@@ -50,6 +59,7 @@ from twinkle_dask.store.journal import DuplicateOperation
 from twinkle_dask.store.records import (
     OperationRecord,
     OperationState,
+    RunPhase,
     RunRecord,
 )
 from twinkle_dask.store.store import Store
@@ -59,6 +69,9 @@ log = structlog.stdlib.get_logger(__name__)
 
 #: Larger payloads are packed on a thread, so that the event loop keeps turning.
 _PACK_INLINE_TOKENS = 20_000
+_PACK_INLINE_BYTES = 2**20
+#: States in which a run takes no work although its session may be alive.
+_OVER = frozenset({RunPhase.UNLOADED, RunPhase.CLOSED, RunPhase.COPIED})
 
 
 class Runs:
@@ -73,6 +86,7 @@ class Runs:
         catalogue: Catalogue,
         sessions: Sessions,
         checkpoints: Checkpoints,
+        inflight: InflightWeights,
         tickets: TicketBoard,
         journal: JournalConfig,
         limits: LimitConfig,
@@ -98,7 +112,7 @@ class Runs:
             blobs=blobs,
             supervisor=supervisor,
             config=journal,
-            finish=Finisher(store, blobs, tickets).finish,
+            finish=Finisher(store, checkpoints, tickets, inflight).finish,
             suspects=asyncio.Lock(),
             sending=self._is_sending,
         )
@@ -136,9 +150,13 @@ class Runs:
         with_optimizer: bool,
         base_model: str | None,
         user_metadata: Json,
+        reader: Tenant | None = None,
     ) -> Ticket:
-        """Make a run that starts where a checkpoint stands, in the checkpoint's LoRA shape."""
-        record = await self._checkpoints.find(tenant.id, address)
+        """Make a run that starts where a checkpoint stands, in the checkpoint's LoRA shape.
+
+        ``reader`` is who may read the checkpoint, if that is another account of the caller's.
+        """
+        record = await self._checkpoints.find((reader or tenant).id, address)
         if base_model is not None and not self._catalogue.same_base(base_model, record.base_model):
             raise NotFound(
                 f"There is no such checkpoint of {base_model!r}; it belongs to another base model."
@@ -174,6 +192,18 @@ class Runs:
             seq = max([lane.order.free_seq() - 1, *taken]) + 1
         return await self._submit_once(tenant, lane, seq, make)
 
+    async def unload(self, tenant: Tenant, run: RunId) -> Ticket:
+        """Free a run for good, once what was submitted before is done; its checkpoints stay.
+
+        A repeat gives the ticket of the first.
+        """
+        lane = self._lanes.get(run) or await self._open(tenant.id, run)
+        if lane.run.tenant_id == tenant.id and lane.unloaded:
+            first = await self._store.journal.last_of_kind(run, TicketKind.UNLOAD_RUN)
+            if first is not None:
+                return _ticket(first)
+        return await self.submit(tenant, run, seq=None, make=lambda _lane, _model: UnloadRun())
+
     async def refuse(self, tenant: Tenant, run: RunId, *, seq: int) -> None:
         """A request with this place was refused before it got here."""
         try:
@@ -198,6 +228,7 @@ class Runs:
         Raises:
             NotFound: No such run of this tenant.
             SessionEnded: Its session is over.
+            InvalidRequest: It was unloaded, or holds a copy and was never to be trained.
         """
         lane = self._lanes.get(run) or await self._open(tenant.id, run)
         if lane.run.tenant_id != tenant.id:
@@ -207,6 +238,8 @@ class Runs:
                 f"The session of run {run!r} is over. Save and load checkpoints to go on in "
                 "another one."
             )
+        if lane.unloaded:
+            raise _over(lane.run)
         self._touched.add(run)
         return lane
 
@@ -214,6 +247,8 @@ class Runs:
         """Count what tenants hold, and queue again what was acknowledged and not finished."""
         for session in self._sessions.all_active():
             for run in await self._store.runs.in_session(session):
+                if run.state in _OVER:
+                    continue
                 self._counted[run.id] = run
                 self._quotas.runs.restore(run.tenant_id)
         for record in await self._store.journal.pending():
@@ -249,16 +284,40 @@ class Runs:
             record.tenant_id, record.ticket_id, record.payload_bytes, run=record.run_id
         )
 
-    async def info(self, tenant: Tenant, run: RunId) -> RunInfo:
-        """A run's record with its newest checkpoints."""
-        record = await self._store.runs.get(tenant.id, run)
+    async def info(self, tenant: Tenant, run: RunId, *, accessible: bool = False) -> RunInfo:
+        """A run's record with its newest checkpoints.
+
+        With ``accessible`` it may be another tenant's that has a published checkpoint; of that
+        only a part is told.
+        """
+        find = self._store.sharing.run if accessible else self._store.runs.get
+        record = await find(tenant.id, run)
         if record is None:
             raise _unknown(run)
         return (await describe_runs(self._store, self._catalogue, tenant, (record,)))[0]
 
-    async def page(self, tenant: Tenant, limit: int, offset: int) -> Page[RunInfo]:
-        """A tenant's runs, newest first."""
-        records, total = await self._store.runs.page(tenant.id, limit, offset)
+    async def page(
+        self,
+        tenant: Tenant,
+        limit: int,
+        offset: int,
+        *,
+        project: str | None = None,
+        accessible: bool = False,
+    ) -> Page[RunInfo]:
+        """A tenant's runs, newest first.
+
+        Args:
+            tenant: Who asks.
+            limit: At most so many.
+            offset: So many newer ones are left out.
+            project: Only the tenant's own of this project.
+            accessible: Also others' with a published checkpoint, of which only a part is told.
+        """
+        validation.text(project, "project_id", validation.MAX_LABEL_LENGTH)
+        records, total = await self._store.sharing.runs(
+            tenant.id, limit, offset, project=project, accessible=accessible
+        )
         items = await describe_runs(self._store, self._catalogue, tenant, records)
         return Page(items=items, total=total, limit=limit, offset=offset)
 
@@ -268,11 +327,10 @@ class Runs:
             if lane.run.session_id == session:
                 lane.release()
         for run in [run for run in self._counted.values() if run.session_id == session]:
-            del self._counted[run.id]
-            self._quotas.runs.remove(run.tenant_id)
+            self._discount(run.id)
 
     async def drop_ended(self) -> None:
-        """Release ended sessions, and take their lanes out of memory, once their work is done.
+        """Release ended sessions; take their and unloaded lanes out of memory when they are idle.
 
         Those that have work, or have not left their host yet, are there for the next call.
         """
@@ -280,10 +338,13 @@ class Runs:
         ended = {run.session_id for run in runs if not self._sessions.is_active(run.session_id)}
         for session in ended:
             await self.release_session(session)
-        for lane in [lane for lane in self._lanes.values() if lane.run.session_id in ended]:
+        for lane in list(self._lanes.values()):
+            if not (lane.unloaded or lane.run.session_id in ended):
+                continue
             idle = lane.num_queued == 0 and lane.state is LaneState.DETACHED
             if idle and lane.run.id not in self._arriving:
                 del self._lanes[lane.run.id]
+                self._discount(lane.run.id)
                 await lane.stop()
 
     def has_lane(self, run: RunId) -> bool:
@@ -336,7 +397,9 @@ class Runs:
             with self._quotas.runs.taking(tenant.id):
                 self._counted[run] = record
                 try:
-                    await self._store.runs.add(record)
+                    stored = await self._store.runs.add(record)
+                    if stored.state in _OVER:
+                        raise _over(stored)
                 except BaseException:
                     del self._counted[run]
                     raise
@@ -363,6 +426,12 @@ class Runs:
         self._arriving[run] -= 1
         if not self._arriving[run]:
             del self._arriving[run]
+
+    def _discount(self, run: RunId) -> None:
+        """A run that is over counts no more."""
+        counted = self._counted.pop(run, None)
+        if counted is not None:
+            self._quotas.runs.remove(counted.tenant_id)
 
     def _is_sending(self, run: RunRecord) -> bool:
         return self._sending[run.tenant_id] > 0 or self._arriving[run.id] > 0
@@ -416,6 +485,8 @@ class Runs:
             payload_path=kept.path,
             payload_bytes=len(payload),
             created_at=utc_now(),
+            key_id=tenant.key_id,
+            input_tokens=input_tokens(request),
         )
         try:
             await self._store.journal.add(record)
@@ -435,6 +506,8 @@ class Runs:
         record = await self._store.runs.get(tenant, run)
         if record is None:
             raise _unknown(run)
+        if record.state is RunPhase.COPIED:
+            raise _over(record)
         source = self._catalogue.get(record.base_model).source
         pending = await self._store.journal.first_pending_seq(run)
         if pending is None:
@@ -450,13 +523,27 @@ class Runs:
 
 
 async def _pack(request: LaneRequest) -> bytes:
-    if isinstance(request, ForwardBackward) and request.num_tokens > _PACK_INLINE_TOKENS:
+    if isinstance(request, ForwardBackward) and (
+        request.num_tokens > _PACK_INLINE_TOKENS or request.num_image_bytes > _PACK_INLINE_BYTES
+    ):
         return await asyncio.to_thread(packing.pack, request)
     return packing.pack(request)
 
 
 def _ticket(record: OperationRecord) -> Ticket:
     return Ticket(id=record.ticket_id, kind=TicketKind(record.kind), run=record.run_id)
+
+
+def _over(run: RunRecord) -> InvalidRequest:
+    """What to say of work for a run that takes none."""
+    if run.state is RunPhase.COPIED:
+        return InvalidRequest(
+            f"Run {run.id!r} holds a copied checkpoint and cannot be trained; create a new run "
+            "from the checkpoint."
+        )
+    return InvalidRequest(
+        f"Run {run.id!r} was unloaded; create a new run from one of its checkpoints."
+    )
 
 
 def _unknown(run: RunId) -> NotFound:

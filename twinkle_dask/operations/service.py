@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -15,15 +15,27 @@ from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
+from twinkle_dask.operations.copying import Copying
+from twinkle_dask.operations.custom_losses import CustomLosses
+from twinkle_dask.operations.downloads import Downloads
+from twinkle_dask.operations.drawing import Drawing
+from twinkle_dask.operations.events import Events
+from twinkle_dask.operations.inflight import InflightWeights
+from twinkle_dask.operations.provenance import Provenance
 from twinkle_dask.operations.quotas import Quotas
+from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.samplers import Samplers
 from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.searching import Searching
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.sweeping import sweep
 from twinkle_dask.operations.tenants import Tenants
 from twinkle_dask.operations.tickets import TicketBoard
+from twinkle_dask.operations.traces import Traces
 from twinkle_dask.operations.training import Training
 from twinkle_dask.operations.upkeep import Upkeep
+from twinkle_dask.operations.usage import Usage
 from twinkle_dask.operations.values import Outcome, QueueState, Tenant, Waiting
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.store import Store
@@ -37,7 +49,9 @@ class Service:
     """The parts, by subject; each is told who asks and checks that it is theirs.
 
     Attributes:
-        made_key: An API key made at this start, to be shown once; None if keys were configured.
+        url_secret: Signs the URLs of downloads; kept across restarts.
+        made_key: An API key made at this start, to be shown once; None if there are others.
+        token_secret: Signs what faces give out in place of a key.
     """
 
     config: ServiceConfig
@@ -46,12 +60,21 @@ class Service:
     sessions: Sessions
     runs: Runs
     training: Training
+    custom_losses: CustomLosses
+    samplers: Samplers
     sampling: Sampling
     checkpoints: Checkpoints
+    copying: Copying
+    downloads: Downloads
     tickets: TicketBoard
     audit: Audit
+    searching: Searching
+    usage: Usage
+    traces: Traces
     supervisor: Supervisor
+    url_secret: bytes = field(repr=False)
     made_key: str | None
+    token_secret: bytes = field(repr=False)
 
     async def finish_session(
         self, tenant: Tenant, session: SessionId, *, reason: str, detail: str | None
@@ -86,20 +109,23 @@ async def open_service(
     """Start the cluster and everything over it; stop it all at the end of the block.
 
     Raises:
-        StartupError: The cluster or a base model cannot be had.
+        StartupError: The cluster or a base model cannot be had, or there is no key and others
+            could connect.
     """
-    tenants = Tenants(store)
-    made_key = await tenants.configure(config.api_keys)
+    audit = Audit(store)
+    tenants = Tenants(store, audit)
+    made_key = await tenants.configure(config.api_keys, loopback=config.loopback)
+    token_secret = await store.secrets.get("jwt")
     supervisor = Supervisor(config, blobs.url)
     try:
         await supervisor.start()
         facts = {model.source: supervisor.facts(model.source) for model in config.models.values()}
         catalogue = Catalogue.of(config, facts)
-        audit = Audit(store)
-        sessions = Sessions(store)
-        checkpoints = Checkpoints(store, blobs)
+        sessions = Sessions(store, audit)
+        checkpoints = Checkpoints(store, blobs, audit)
         quotas = Quotas.of(config.limits)
         tickets = TicketBoard(store, blobs, quotas.queued_bytes)
+        inflight = InflightWeights(store, checkpoints)
         runs = Runs(
             store=store,
             blobs=blobs,
@@ -107,19 +133,36 @@ async def open_service(
             catalogue=catalogue,
             sessions=sessions,
             checkpoints=checkpoints,
+            inflight=inflight,
             tickets=tickets,
             journal=config.journal,
             limits=config.limits,
             quotas=quotas,
         )
-        sampling = Sampling(
+        samplers = Samplers(
             store=store,
-            blobs=blobs,
-            supervisor=supervisor,
             catalogue=catalogue,
             sessions=sessions,
             checkpoints=checkpoints,
+            inflight=inflight,
+        )
+        events = Events(store)
+        recording = Recording(store, blobs)
+        drawing = Drawing(
+            supervisor=supervisor,
+            samplers=samplers,
+            recording=recording,
             tickets=tickets,
+            events=events,
+            quotas=quotas,
+        )
+        sampling = Sampling(
+            store=store,
+            blobs=blobs,
+            samplers=samplers,
+            drawing=drawing,
+            tickets=tickets,
+            events=events,
             limits=config.limits,
             quotas=quotas,
         )
@@ -128,7 +171,10 @@ async def open_service(
             blobs=blobs,
             sessions=sessions,
             runs=runs,
-            sampling=sampling,
+            samplers=samplers,
+            events=events,
+            recording=recording,
+            inflight=inflight,
             checkpoints=checkpoints,
         )
         upkeep = Upkeep(
@@ -137,6 +183,7 @@ async def open_service(
             blobs=blobs,
             sessions=sessions,
             runs=runs,
+            samplers=samplers,
             checkpoints=checkpoints,
             tickets=tickets,
             closing=closing,
@@ -153,13 +200,24 @@ async def open_service(
                 catalogue=catalogue,
                 sessions=sessions,
                 runs=runs,
-                training=Training(runs, store, checkpoints, catalogue, config.limits),
+                training=Training(
+                    runs, store, checkpoints, catalogue, config.limits, Provenance(recording)
+                ),
+                custom_losses=CustomLosses(store, sessions, runs, enabled=config.custom_losses),
+                samplers=samplers,
                 sampling=sampling,
                 checkpoints=checkpoints,
+                copying=Copying(store, checkpoints, sessions, audit),
+                downloads=Downloads(store, blobs, checkpoints, audit),
                 tickets=tickets,
                 audit=audit,
                 supervisor=supervisor,
+                url_secret=await store.secrets.get("urls"),
+                usage=Usage(store, tenants),
+                traces=Traces(store),
+                searching=Searching(store),
                 made_key=made_key,
+                token_secret=token_secret,
             )
         finally:
             tidying.cancel()

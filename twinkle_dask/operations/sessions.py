@@ -2,13 +2,15 @@
 
 import secrets
 import time
+from dataclasses import replace
 
 import structlog
 
 from twinkle_dask.clock import utc_now
-from twinkle_dask.errors import NotFound, SessionEnded
+from twinkle_dask.errors import InvalidRequest, NotFound, SessionEnded
 from twinkle_dask.lifecycle import SESSION, SessionEvent, move
 from twinkle_dask.operations import validation
+from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.values import Page, SessionInfo, Tenant
 from twinkle_dask.store.records import SessionRecord
 from twinkle_dask.store.store import Store
@@ -20,8 +22,9 @@ log = structlog.stdlib.get_logger(__name__)
 class Sessions:
     """All sessions; the active ones in memory, since every request asks for one."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, audit: Audit) -> None:
         self._store = store
+        self._audit = audit
         self._active: dict[SessionId, SessionRecord] = {}
         self._seen_s: dict[SessionId, float] = {}
         self._touched: set[SessionId] = set()
@@ -67,10 +70,19 @@ class Sessions:
             created_at=now,
             last_seen_at=now,
         )
-        record = await self._store.sessions.add(record)
-        self._remember(record)
-        log.info("session_created", session=record.id, tenant=tenant.id)
-        return record.id
+        stored = await self._store.sessions.add(record)
+        if stored.id == record.id:  # else somebody else's repeat was faster
+            self._remember(record)
+            log.info("session_created", session=record.id, tenant=tenant.id)
+            project = {} if project_id is None else {"project_id": project_id}
+            await self._audit.record(
+                tenant,
+                "sessions.created",
+                once=f"created {record.id}",
+                session_id=record.id,
+                **project,
+            )
+        return stored.id
 
     async def active(self, tenant: Tenant, session: SessionId) -> SessionRecord:
         """The session, heard of now.
@@ -117,7 +129,34 @@ class Sessions:
             if await self._store.sessions.get(tenant.id, session) is None:
                 raise NotFound(f"There is no session {session!r}.")
             return False
-        return await self._end(record, SessionEvent.FINISH, reason, detail)
+        first = await self._end(record, SessionEvent.FINISH, reason, detail)
+        if first:
+            await self._audit.record(tenant, "sessions.finished", session_id=session, reason=reason)
+        return first
+
+    async def assign_project(self, tenant: Tenant, session: SessionId, project: str) -> None:
+        """Give a session, and with it all that was made in it, another label of the tenant's.
+
+        Raises:
+            NotFound: No such session of this tenant.
+            InvalidRequest: The label is empty or too long.
+        """
+        if not project:
+            raise InvalidRequest("project_id must not be empty; a session cannot lose its project.")
+        validation.session(tags=(), user_metadata={}, labels={"project_id": project})
+        record = await self._store.sessions.get(tenant.id, session)
+        if record is None:
+            raise NotFound(f"There is no session {session!r}.")
+        await self._store.sessions.set_project(session, project)
+        if session in self._active:
+            self._active[session] = replace(self._active[session], project_id=project)
+        await self._audit.record(
+            tenant,
+            "projects.session_assigned",
+            session_id=session,
+            project_id=project,
+            former_project_id=record.project_id or "",
+        )
 
     async def expire(self, timeout_s: float) -> None:
         """End the sessions that were not heard of for ``timeout_s``.
@@ -130,7 +169,9 @@ class Sessions:
             if seen_s is None or time.monotonic() - seen_s < timeout_s:
                 continue
             try:
-                await self._end(record, SessionEvent.EXPIRE, "expired", None)
+                if await self._end(record, SessionEvent.EXPIRE, "expired", None):
+                    nobody = Tenant(id=record.tenant_id, name="service", key_hint="")
+                    await self._audit.record(nobody, "sessions.expired", session_id=record.id)
             except Exception:
                 log.exception("session_not_expired", session=record.id)
 

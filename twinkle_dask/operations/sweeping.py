@@ -21,6 +21,7 @@ async def sweep(store: Store, blobs: BlobStore) -> None:
         StorageFailed: The records or the folders cannot be read.
     """
     known = await store.journal.blob_paths() | await store.runs.snapshot_folders()
+    known |= await store.recorded.blob_paths()
     orphans = await asyncio.to_thread(_orphans, blobs, known)
     if orphans:
         log.info("orphans_removed", number=len(orphans))
@@ -44,7 +45,8 @@ async def remove_all(blobs: BlobStore, paths: Iterable[str]) -> None:
 
 
 def _orphans(blobs: BlobStore, known: frozenset[str]) -> list[str]:
-    orphans = [*_unknown(blobs, "journal", known), *_unknown(blobs, "results", known)]
+    flat = ("journal", "results", "recorded")
+    orphans = [path for folder in flat for path in _unknown(blobs, folder, known)]
     for run in blobs.names("snapshots"):
         folder = f"snapshots/{run}"
         unknown = _unknown(blobs, folder, known)

@@ -6,6 +6,7 @@ read from the store.
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -14,7 +15,7 @@ from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.commands import Failure
 from twinkle_dask.errors import NotFound, TwinkleDaskError
-from twinkle_dask.operations import contents
+from twinkle_dask.operations import contents, usage
 from twinkle_dask.operations.quotas import Quota
 from twinkle_dask.operations.values import Done, Failed, Outcome, Result, Waiting
 from twinkle_dask.store.blobs import BlobStore
@@ -89,6 +90,7 @@ class TicketBoard:
         Raises:
             StorageFailed: The result could not be stored; the ticket stays pending.
         """
+        outcome: Result = packing.unpack(result)
         kept = await contents.keep(self._blobs, f"results/{ticket}", result)
         first = await self._store.journal.finish(
             ticket,
@@ -96,9 +98,11 @@ class TicketBoard:
             result_path=kept.path,
             result_bytes=len(result),
             when=utc_now(),
+            output_tokens=usage.output_tokens(outcome),
+            used=usage.used(outcome),
         )
         if first:  # else it was cancelled meanwhile, and whoever did that has settled it
-            self._settle(ticket, Done(result=packing.unpack(result)), len(result))
+            self._settle(ticket, Done(result=outcome), len(result))
 
     async def fail(self, ticket: TicketId, error: TwinkleDaskError) -> None:
         """Make a failure durable, then wake whoever waits."""
@@ -131,6 +135,15 @@ class TicketBoard:
             return Waiting()
         self._delivered.add(ticket)
         return outcome
+
+    def retrieved(self, tenant: TenantId, tickets: Iterable[TicketId]) -> None:
+        """The tenant's client has these outcomes, so they need not be kept in memory."""
+        for ticket in tickets:
+            entry = self._finished.get(ticket)
+            if entry is not None and entry.tenant == tenant:
+                del self._finished[ticket]
+                self._finished_bytes -= entry.num_bytes
+                self._delivered.add(ticket)
 
     def take_delivered(self) -> set[TicketId]:
         """Tickets whose outcome was handed out since the last call."""

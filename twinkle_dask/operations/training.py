@@ -4,13 +4,15 @@ import asyncio
 import secrets
 
 from twinkle_dask.config import LimitConfig
-from twinkle_dask.errors import InvalidRequest, NotFound
+from twinkle_dask.errors import InvalidRequest, NotFound, RequestError
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.catalogue import Catalogue
-from twinkle_dask.operations.checkpoints import Checkpoints
+from twinkle_dask.operations.checkpoints import Checkpoints, name_taken
 from twinkle_dask.operations.lanes import Lane
+from twinkle_dask.operations.provenance import BatchSpans, Provenance
 from twinkle_dask.operations.requests import (
     LaneRequest,
+    SaveExternal,
     SaveForSampler,
     SaveState,
     load_of,
@@ -32,6 +34,8 @@ from twinkle_dask.types import (
 #: token take half a second).
 _CHECK_INLINE_TOKENS = 20_000
 _CHECK_INLINE_DATA = 512
+_CHECK_INLINE_IMAGE_BYTES = 2**20
+_NO_SPANS: BatchSpans = {}
 
 
 class Training:
@@ -44,7 +48,9 @@ class Training:
         checkpoints: Checkpoints,
         catalogue: Catalogue,
         limits: LimitConfig,
+        provenance: Provenance,
     ) -> None:
+        self._provenance = provenance
         self._runs = runs
         self._store = store
         self._checkpoints = checkpoints
@@ -52,19 +58,38 @@ class Training:
         self._limits = limits
 
     async def forward_backward(
-        self, tenant: Tenant, run: RunId, *, seq: int | None, batch: ForwardBackward
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        batch: ForwardBackward,
+        spans: BatchSpans = _NO_SPANS,
     ) -> Ticket:
-        """Add the gradient of a batch, or evaluate it."""
-        large = len(batch.data) > _CHECK_INLINE_DATA or batch.num_tokens > _CHECK_INLINE_TOKENS
-        if large:
+        """Add the gradient of a batch, or evaluate it.
+
+        ``spans`` say where its tokens come from; they are checked and not kept.
+        """
+        large = (
+            len(batch.data) > _CHECK_INLINE_DATA
+            or batch.num_tokens > _CHECK_INLINE_TOKENS
+            or batch.num_image_bytes > _CHECK_INLINE_IMAGE_BYTES
+        )
+        checked = large or bool(spans)
+        if checked:
             # Before its place is looked at. A refusal frees the place as one by ``make`` does,
             # since the face reports it.
             lane = await self._runs.lane(tenant, run)
             model = self._catalogue.get(lane.run.base_model)
-            await asyncio.to_thread(validation.batch, batch, model, self._limits)
+            if large:
+                batch = await asyncio.to_thread(validation.batch, batch, model, self._limits)
+            else:
+                batch = validation.batch(batch, model, self._limits)
+            if spans:
+                await self._provenance.check(tenant.id, lane.run.session_id, batch, spans)
 
         def make(_lane: Lane, model: ServedModel) -> LaneRequest:
-            return batch if large else validation.batch(batch, model, self._limits)
+            return batch if checked else validation.batch(batch, model, self._limits)
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
 
@@ -103,6 +128,8 @@ class Training:
                 user_metadata=user_metadata,
                 checkpoint_id=checkpoint,
                 folder=f"checkpoints/{lane.run.id}/weights-{checkpoint}",
+                actor=tenant.key_name or tenant.name,
+                key_hint=tenant.key_hint,
             )
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
@@ -117,9 +144,11 @@ class Training:
         sampler_seq: int | None,
         ttl_s: int | None,
         user_metadata: Json,
+        inflight: bool = False,
     ) -> Ticket:
         """Freeze the weights at this place for sampling: under a name, or as a new sampler.
 
+        With ``inflight``, all samplers of the run that were made so go on with these weights.
         A model that cannot be sampled here takes names only: its weights may be sampled elsewhere.
         """
         taken = name is not None and await self._is_taken(tenant, run, CheckpointKind.SAMPLER, name)
@@ -140,10 +169,44 @@ class Training:
                 name=name,
                 sampler=sampler,
                 sampler_seq=sampler_seq,
+                inflight=inflight,
                 ttl_s=validation.ttl(ttl_s),
                 user_metadata=user_metadata,
                 checkpoint_id=checkpoint,
                 folder=f"checkpoints/{lane.run.id}/sampler-{checkpoint}",
+                actor=tenant.key_name or tenant.name,
+                key_hint=tenant.key_hint,
+            )
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def save_external(
+        self,
+        tenant: Tenant,
+        run: RunId,
+        *,
+        seq: int | None,
+        name: str,
+        ttl_s: int | None,
+        recipients: tuple[str, ...],
+    ) -> Ticket:
+        """Export the adapter under a name, for other programs.
+
+        ``recipients`` are public keys of age; given any, the files are encrypted for all of them.
+        """
+        taken = await self._is_taken(tenant, run, CheckpointKind.EXTERNAL, name)
+
+        def make(lane: Lane, _model: ServedModel) -> LaneRequest:
+            _name_is_free(name, taken)
+            checkpoint = secrets.token_hex(16)
+            return SaveExternal(
+                name=validation.checkpoint_name(name),
+                ttl_s=validation.ttl(ttl_s),
+                recipients=validation.recipients(recipients),
+                checkpoint_id=checkpoint,
+                folder=f"checkpoints/{lane.run.id}/external-{checkpoint}",
+                actor=tenant.key_name or tenant.name,
+                key_hint=tenant.key_hint,
             )
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
@@ -156,12 +219,16 @@ class Training:
         seq: int | None,
         address: CheckpointAddress,
         with_optimizer: bool,
+        reader: Tenant | None = None,
     ) -> Ticket:
-        """Set a run to where a checkpoint of the same base model and LoRA shape stands."""
+        """Set a run to where a checkpoint of the same base model and LoRA shape stands.
+
+        ``reader`` is who may read the checkpoint, if that is another account of the caller's.
+        """
         lane = await self._runs.lane(tenant, run)
         try:
-            record = await self._checkpoints.find(tenant.id, address)
-        except NotFound:
+            record = await self._checkpoints.find((reader or tenant).id, address)
+        except RequestError:
             if seq:
                 lane.refuse(seq)
             raise
@@ -190,7 +257,4 @@ class Training:
 
 def _name_is_free(name: str, taken: bool) -> None:
     if taken:
-        raise InvalidRequest(
-            f"A checkpoint {name!r} of this run exists already; choose another name or "
-            "overwrite it."
-        )
+        raise name_taken(name)

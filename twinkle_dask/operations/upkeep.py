@@ -11,6 +11,7 @@ from twinkle_dask.errors import StorageFailed
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
 from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.samplers import Samplers
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.sweeping import remove_all
 from twinkle_dask.operations.tickets import TicketBoard
@@ -35,6 +36,7 @@ class Upkeep:
         blobs: BlobStore,
         sessions: Sessions,
         runs: Runs,
+        samplers: Samplers,
         checkpoints: Checkpoints,
         tickets: TicketBoard,
         closing: Closing,
@@ -44,6 +46,7 @@ class Upkeep:
         self._blobs = blobs
         self._sessions = sessions
         self._runs = runs
+        self._samplers = samplers
         self._checkpoints = checkpoints
         self._tickets = tickets
         self._closing = closing
@@ -61,6 +64,7 @@ class Upkeep:
             self._expire,
             self._closing.close_ended,
             self._checkpoints.remove_expired,
+            self._remove_idle,
             self._prune,
         ):
             try:
@@ -71,15 +75,19 @@ class Upkeep:
                 log.exception("upkeep_failed")
 
     async def flush(self) -> None:
-        """Write down what is only in memory: who was heard of, and what was delivered."""
+        """Write down what is only in memory: who was heard of, what was sampled and delivered."""
         await self._sessions.flush()
         await self._runs.flush()
+        await self._checkpoints.touch(self._samplers.take_used())
         delivered = self._tickets.take_delivered()
         if delivered:
             await self._store.journal.delivered(delivered, utc_now())
 
     async def _expire(self) -> None:
         await self._sessions.expire(self._config.limits.session_timeout_s)
+
+    async def _remove_idle(self) -> None:
+        await self._checkpoints.remove_idle(self._config.journal.keep_idle_weights_s)
 
     async def _prune(self) -> None:
         now = utc_now()

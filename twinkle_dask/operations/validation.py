@@ -1,7 +1,7 @@
 """Every check of a tenant's values, made before anything is stored or sent.
 
-Each function returns what it was given or raises ``InvalidRequest`` with what is wrong, where,
-and what would be right.
+Each function returns what it was given, images having their places (see ``images``), or raises
+``InvalidRequest`` with what is wrong, where, and what would be right.
 """
 
 import math
@@ -11,12 +11,15 @@ from collections.abc import Mapping
 import numpy as np
 import orjson
 
+from twinkle_dask.checkpoints import encryption
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.losses import CLIP_HIGH, CLIP_LOW, LOSSES, SEQUENCE_RATIO_MASK
+from twinkle_dask.operations import images, questions
 from twinkle_dask.operations.values import LoraRequest, ServedModel
 from twinkle_dask.types import (
     AdamParams,
+    CustomLoss,
     Datum,
     ForwardBackward,
     Int32Array,
@@ -32,6 +35,8 @@ MAX_LABEL_LENGTH = 256
 MAX_TAGS = 64
 MAX_DETAIL_LENGTH = 8192
 MAX_METADATA_BYTES = 64 * 1024
+MAX_RECIPIENTS = 32
+MAX_RECIPIENT_LENGTH = 2048  # an SSH key of RSA with 8192 bits has 1,400
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 
@@ -59,6 +64,16 @@ def ttl(ttl_s: int | None) -> int | None:
     return ttl_s
 
 
+def recipients(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Few public keys of age, each of which can be encrypted for."""
+    if len(keys) > MAX_RECIPIENTS:
+        raise InvalidRequest(f"An export may have {MAX_RECIPIENTS} recipients, not {len(keys)}.")
+    if any(len(key) > MAX_RECIPIENT_LENGTH for key in keys):
+        raise InvalidRequest(f"A recipient may have {MAX_RECIPIENT_LENGTH} characters.")
+    encryption.parse(keys)
+    return keys
+
+
 def lora(request: LoraRequest, model: ServedModel) -> LoraRequest:
     """Rank within the limit, and something to train."""
     limit = model.facts.max_rank
@@ -79,13 +94,14 @@ def sampled(model: ServedModel) -> ServedModel:
 
 
 def batch(request: ForwardBackward, model: ServedModel, limits: LimitConfig) -> ForwardBackward:
-    """Tokens, targets and loss inputs of every datum."""
+    """Tokens, targets and loss inputs of every datum, with room for images."""
     if not request.data:
         raise InvalidRequest("The batch is empty; send at least one datum.")
     if len(request.data) > limits.max_data:
         raise InvalidRequest(
             f"The batch has {len(request.data)} data; send at most {limits.max_data} at a time."
         )
+    request = images.placed_in_batch(request, model, limits)
     for index, datum in enumerate(request.data):
         _datum(datum, request, model, f"Datum {index}")
     return request
@@ -94,18 +110,39 @@ def batch(request: ForwardBackward, model: ServedModel, limits: LimitConfig) -> 
 def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: str) -> None:
     _tokens(datum.tokens, model, where)
     length = len(datum.tokens)
-    terms, loss = LOSSES[request.loss.name], str(request.loss.name)
     targets = datum.target_tokens
     if targets.ndim not in {1, 2} or len(targets) != length:
         raise InvalidRequest(
             f"{where}: target_tokens has shape {targets.shape} but there are {length} tokens; "
             "position i of the input predicts target i, so the lengths must agree."
         )
-    if targets.ndim == 2 and not terms.many_targets:
-        raise InvalidRequest(f"{where}: loss {loss!r} takes one target a position.")
     if targets.size == 0:
         raise InvalidRequest(f"{where}: target_tokens is empty.")
     _in_vocabulary(targets, model, f"{where}: target_tokens")
+    if isinstance(request.loss, CustomLoss):
+        _custom_inputs(datum, request.loss, where)
+    else:
+        _loss_inputs(datum, request.loss, where)
+
+
+def _custom_inputs(datum: Datum, loss: CustomLoss, where: str) -> None:
+    """What a custom loss reads is there, of its rank; the values are the loss's own affair."""
+    given = {"logprobs": datum.target_tokens, **datum.custom_inputs}
+    for name, rank in loss.ranks.items():
+        if name not in given:
+            raise InvalidRequest(f"{where}: custom loss {loss.name!r} needs {name!r}.")
+        if given[name].ndim != rank:
+            what = "target_tokens" if name == "logprobs" else repr(name)
+            raise InvalidRequest(
+                f"{where}: {what} has shape {given[name].shape}, but custom loss {loss.name!r} "
+                f"takes {name!r} of rank {rank}."
+            )
+
+
+def _loss_inputs(datum: Datum, spec: LossSpec, where: str) -> None:
+    terms, loss, targets = LOSSES[spec.name], str(spec.name), datum.target_tokens
+    if targets.ndim == 2 and not terms.many_targets:
+        raise InvalidRequest(f"{where}: loss {loss!r} takes one target a position.")
     names = datum.loss_inputs.keys()
     if missing := sorted(terms.required - names):
         raise InvalidRequest(f"{where}: loss {loss!r} needs {missing[0]!r}.")
@@ -128,7 +165,7 @@ def _datum(datum: Datum, request: ForwardBackward, model: ServedModel, where: st
             "nonzero where the sequence was sampled."
         )
     if CLIP_HIGH in terms.optional:
-        _thresholds(datum, request.loss, where)
+        _thresholds(datum, spec, where)
 
 
 def _finite(datum: Datum, where: str) -> None:
@@ -203,7 +240,8 @@ def adam(params: AdamParams) -> AdamParams:
 
 
 def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> SampleRequest:
-    """Prompt and drawing parameters."""
+    """Prompt and drawing parameters; the prompt with room for images."""
+    request = images.placed_in_prompt(request, model, limits)
     _tokens(request.prompt, model, "The prompt")
     if not 1 <= request.num_samples <= limits.max_samples:
         raise InvalidRequest(
@@ -234,6 +272,7 @@ def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> S
         raise InvalidRequest(f"{model.name!r} has no tokenizer here; give stop token ids instead.")
     if params.stop.tokens:
         _in_vocabulary(np.asarray(params.stop.tokens), model, "stop")
+    questions.check(request, model, limits)
     return request
 
 

@@ -27,11 +27,21 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Who asks. ``key_hint`` is the end of the key, for lists and logs."""
+    """Who asks, and with which key.
+
+    Attributes:
+        key_hint: The end of the key, for lists and logs.
+        key_id: Names the key; see ``TenantKey.key_id``. 0 if nobody asks with a key.
+        key_name: What the key is called.
+        email: Of whoever holds the key, if the operator told.
+    """
 
     id: TenantId
     name: str
     key_hint: str
+    key_id: int = 0
+    key_name: str = ""
+    email: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +104,39 @@ class Loaded:
     address: CheckpointAddress
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """An adapter is durable as files for other programs."""
+
+    address: CheckpointAddress
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unloaded:
+    """A run is freed and takes no more work."""
+
+    run: RunId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomLossCreated:
+    """A loss may be named by the batches of its session."""
+
+    loss: str
+
+
 Result: TypeAlias = (
-    RunCreated | ForwardBackwardResult | StepResult | Saved | SamplerSaved | Loaded | SampleResult
+    RunCreated
+    | CustomLossCreated
+    | ForwardBackwardResult
+    | StepResult
+    | Saved
+    | SamplerSaved
+    | Exported
+    | Loaded
+    | Unloaded
+    | SampleResult
 )
 
 
@@ -108,6 +149,9 @@ class TicketKind(StrEnum):
     SAVE_STATE = "save_state"
     LOAD_STATE = "load_state"
     SAVE_FOR_SAMPLER = "save_for_sampler"
+    SAVE_EXTERNAL = "save_external"
+    UNLOAD_RUN = "unload_run"
+    CREATE_CUSTOM_LOSS = "create_custom_loss"
     SAMPLE = "sample"
 
 
@@ -216,4 +260,14 @@ class Page(Generic[Item]):
     offset: int
 
 
-packing.register(CheckpointAddress, CheckpointKind, Loaded, RunCreated, Saved, SamplerSaved)
+packing.register(
+    CheckpointAddress,
+    CheckpointKind,
+    CustomLossCreated,
+    Exported,
+    Loaded,
+    RunCreated,
+    Saved,
+    SamplerSaved,
+    Unloaded,
+)

@@ -4,23 +4,26 @@ What a row draws depends on its own logits and random number alone, never on the
 operation here works row by row and in vocabulary order, so the same seed gives the same tokens
 whatever else is in the batch (for equal logits).
 
-Shapes: N rows, V vocabulary, S the rows that draw at random, C likeliest candidates.
+Shapes: N rows, V vocabulary, S the rows that draw at random, C likeliest candidates, K draws.
 """
 
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from twinkle_dask.types import SamplingParams
+from twinkle_dask.types import Float32Array, Int32Array, SamplingParams
 
 # Nearly always the nucleus of top_p lies within so many likeliest tokens; only where it does not,
 # the row's whole vocabulary is sorted.
 _CANDIDATES = 1024
+# Philox makes its numbers four at a time.
+_NUMBERS_PER_COUNT = 4
 
 
 class Uniforms:
@@ -46,6 +49,27 @@ class Uniforms:
         return self._last
 
 
+class PlacedUniforms:
+    """The random numbers of a prompt's places, K for each, wherever one begins to read.
+
+    A stream of its own: no sample has its number.
+    """
+
+    def __init__(self, seed: int | None, width: int) -> None:
+        """``seed`` as in ``Uniforms``; ``width`` is K."""
+        word = secrets.randbits(64) if seed is None else seed % 2**64
+        self._key = np.array([word, 2**64 - 1], dtype=np.uint64)
+        self._width = width
+
+    def at(self, start: int, count: int) -> NDArray[np.float64]:
+        """The numbers (count, K) in [0, 1) of neighbouring places from ``start``."""
+        counts = -(-self._width // _NUMBERS_PER_COUNT)
+        philox = np.random.Philox(key=self._key)
+        philox.advance(start * counts)
+        numbers = np.random.Generator(philox).random((count, counts * _NUMBERS_PER_COUNT))
+        return numbers[:, : self._width]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DrawRules:
     """The settings of N rows as tensors, made once for as long as the batch stays the same.
@@ -61,6 +85,7 @@ class DrawRules:
         top_p_L1: Infinity where there is no limit.
         nucleus: Whether any row has a top_p and no top_k.
         num_candidates: C, no less than any top_k.
+        top_rows: Rows whose likeliest tokens are wanted, with their number.
     """
 
     random_rows: tuple[int, ...]
@@ -73,12 +98,24 @@ class DrawRules:
     top_p_L1: Tensor
     nucleus: bool
     num_candidates: int
+    top_rows: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(
-        cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+        cls,
+        params: Sequence[SamplingParams],
+        vocab_size: int,
+        device: torch.device,
+        num_top: Sequence[int] = (),
     ) -> "DrawRules":
-        """The rules of the rows, in their order."""
+        """The rules of the rows, in their order.
+
+        Args:
+            params: How to draw each.
+            vocab_size: Of the logits.
+            device: Theirs.
+            num_top: How many of the likeliest tokens each wants to know; empty means none.
+        """
         rows = tuple(i for i, p in enumerate(params) if p.temperature > 0)
         random = [params[i] for i in rows]
         limited = [i for i, p in enumerate(random) if 0 < p.top_k < vocab_size or p.top_p < 1]
@@ -99,6 +136,7 @@ class DrawRules:
             top_p_L1=_column(top_p, torch.float32, device),
             nucleus=nucleus,
             num_candidates=min(vocab_size, candidates),
+            top_rows=tuple((row, number) for row, number in enumerate(num_top) if number),
         )
 
 
@@ -106,19 +144,28 @@ def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype, device=device).unsqueeze(-1)
 
 
-def draw(
-    logits_NV: Tensor, rules: DrawRules, numbers: Sequence[float]
-) -> tuple[list[int], list[float]]:
+class Draws(NamedTuple):
+    """What N rows got.
+
+    Attributes:
+        tokens: One each.
+        logprobs: Their log softmax under the logits as they are (temperature 1, no top_k, no
+            top_p); NaN for a row whose logits are not finite.
+        top: By row, where they are wanted, the likeliest tokens and their logprobs.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: dict[int, tuple[Int32Array, Float32Array]]
+
+
+def draw(logits_NV: Tensor, rules: DrawRules, numbers: Sequence[float]) -> Draws:
     """Draw a token for each row.
 
     Args:
         logits_NV: float32; overwritten, since vocabularies are large.
         rules: Of these N rows.
         numbers: Random numbers in [0, 1), one for each of ``rules.random_rows``.
-
-    Returns:
-        Token ids, and their log softmax under the logits as they are (temperature 1, no top_k, no
-        top_p). A row whose logits are not finite gets a logprob of NaN.
     """
     if rules.greedy:
         # Of equal logits, max names the first; it is several times faster than argmax.
@@ -136,7 +183,46 @@ def draw(
     logprobs_N = shifted_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1) - log_total_N
     tokens: list[int] = cast("Any", tokens_N).tolist()  # torch leaves tolist untyped
     logprobs: list[float] = cast("Any", logprobs_N).tolist()
-    return tokens, logprobs
+    top = _top(shifted_NV, log_total_N, rules.top_rows) if rules.top_rows else {}
+    return Draws(tokens, logprobs, top)
+
+
+def draw_many(logits_NV: Tensor, temperature: float, numbers_NK: NDArray[np.float64]) -> Tensor:
+    """Draw K tokens (N, K) from each row, independently, at a temperature and nothing else."""
+    if temperature == 0:
+        return logits_NV.max(dim=-1, keepdim=True).indices.expand(numbers_NK.shape)
+    weights_NV = logits_NV - logits_NV.amax(dim=-1, keepdim=True)
+    weights_NV.div_(temperature).exp_()
+    return invert_cdf(weights_NV, torch.as_tensor(numbers_NK).to(weights_NV.device))
+
+
+def likeliest(logits_NV: Tensor, number: int) -> Tensor:
+    """The ``number`` likeliest tokens (N, number) of each row; of equal logits the lower id first.
+
+    ``topk`` by itself says nothing about equals, of which bfloat16 makes many. So it gets keys of
+    which no two are equal: the logit's bits as an integer that grows with it, then the token.
+    """
+    # Adding 0 makes the two zeros one. Negative floats grow downwards in their lower 31 bits.
+    bits_NV = (logits_NV + 0.0).view(torch.int32)
+    keys_NV = (bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)).long() << 32
+    vocab_size = logits_NV.shape[-1]
+    keys_NV |= torch.arange(vocab_size - 1, -1, -1, device=logits_NV.device)
+    return keys_NV.topk(number, dim=-1).indices
+
+
+def _top(
+    shifted_NV: Tensor, log_total_N: Tensor, top_rows: Sequence[tuple[int, int]]
+) -> dict[int, tuple[Int32Array, Float32Array]]:
+    wanted = torch.tensor([row for row, _ in top_rows], device=shifted_NV.device)
+    shifted_PV = shifted_NV[wanted]
+    tokens_PK = likeliest(shifted_PV, max(number for _, number in top_rows))
+    logprobs_PK = shifted_PV.gather(-1, tokens_PK) - log_total_N[wanted].unsqueeze(-1)
+    tokens: Int32Array = tokens_PK.to("cpu", torch.int32).numpy()
+    logprobs: Float32Array = logprobs_PK.cpu().numpy()
+    return {
+        row: (tokens[place, :number], logprobs[place, :number])
+        for place, (row, number) in enumerate(top_rows)
+    }
 
 
 def _draw_at_random(
@@ -152,11 +238,12 @@ def _draw_at_random(
         weights_LV = weights_SV[chosen]
         kept_LV = _kept(shifted_SV[chosen], weights_LV, rules)
         weights_SV = weights_SV.index_copy(0, chosen, weights_LV * kept_LV)
-    return invert_cdf(weights_SV, torch.tensor(list(numbers), device=weights_SV.device))
+    uniform_S1 = torch.tensor(list(numbers), device=weights_SV.device).unsqueeze(-1)
+    return invert_cdf(weights_SV, uniform_S1).squeeze(-1)
 
 
-def invert_cdf(weights_SV: Tensor, uniform_S: Tensor) -> Tensor:
-    """The first token at which the cumulated weights exceed ``uniform`` times their sum.
+def invert_cdf(weights_SV: Tensor, uniform_SK: Tensor) -> Tensor:
+    """The first tokens (S, K) at which cumulated weights exceed ``uniform`` times their sum.
 
     Weights need not be normalised. A token of weight zero is never returned.
     """
@@ -166,14 +253,14 @@ def invert_cdf(weights_SV: Tensor, uniform_S: Tensor) -> Tensor:
     total_S1 = cdf_SV[:, -1:]
     # Rounding could carry uniform * total up to the total, which no token exceeds.
     below_S1 = torch.nextafter(total_S1, torch.zeros_like(total_S1))
-    wanted_S1 = torch.minimum(uniform_S.to(cdf_SV.dtype).unsqueeze(-1) * total_S1, below_S1)
-    token_S1 = torch.searchsorted(cdf_SV, wanted_S1, right=True)
-    token_S1.clamp_(max=cdf_SV.shape[-1] - 1)  # rows of NaN, whose caller sees the NaN
+    wanted_SK = torch.minimum(uniform_SK.to(cdf_SV.dtype) * total_S1, below_S1)
+    token_SK = torch.searchsorted(cdf_SV, wanted_SK, right=True)
+    token_SK.clamp_(max=cdf_SV.shape[-1] - 1)  # rows of NaN, whose caller sees the NaN
     if weights_SV.is_cuda:
         # A parallel scan may fall by a rounding error, which could let a weight of zero through.
         likeliest_S1 = weights_SV.argmax(dim=-1, keepdim=True)
-        token_S1 = torch.where(weights_SV.gather(-1, token_S1) > 0, token_S1, likeliest_S1)
-    return token_S1.squeeze(-1)
+        token_SK = torch.where(weights_SV.gather(-1, token_SK) > 0, token_SK, likeliest_S1)
+    return token_SK
 
 
 def _kept(logits_LV: Tensor, weights_LV: Tensor, rules: DrawRules) -> Tensor:

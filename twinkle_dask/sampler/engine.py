@@ -10,7 +10,6 @@ import uuid
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
 import torch
 
 from twinkle_dask.errors import (
@@ -28,6 +27,7 @@ from twinkle_dask.sampler.lanes import KvMemory, Lane
 from twinkle_dask.sampler.masks import DecodeMasks
 from twinkle_dask.sampler.passes import Drawn, Passes
 from twinkle_dask.sampler.scheduler import Scheduler
+from twinkle_dask.sampler.scoring import PromptScores, wants_scores
 from twinkle_dask.sampler.sequences import Job, Request, Sequence
 from twinkle_dask.sampler.startup import check_decoding, default_kv_bytes, kv_layout, text_config
 from twinkle_dask.sampler.stopping import StopRule
@@ -131,7 +131,7 @@ class TorchSampler:
             return
         self._requests[work.id] = request
         request.account.live += 1
-        job = Job(request, request.prompt, list(request.sequences), scores=request.prompt_logprobs)
+        job = Job(request, request.prompt, list(request.sequences), scores=request.scores)
         self._schedule.add(job)
 
     @torch.inference_mode()
@@ -188,8 +188,12 @@ class TorchSampler:
                 f"The prompt has {len(prompt)} tokens; 1 to {self.max_length} are possible."
             )
         # An id outside would be an error on a CPU, but on a GPU the end of the process.
-        if min(prompt) < 0 or max(prompt) >= self._base.facts.vocab_size:
+        vocab_size = self._base.facts.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise InvalidRequest("The prompt has tokens outside of the vocabulary.")
+        if not 0 <= asked.topk_sample_logprobs <= vocab_size:
+            raise InvalidRequest(f"A place has from 0 to {vocab_size} likeliest tokens.")
+        scores = PromptScores(asked, vocab_size) if wants_scores(asked) else None
         max_tokens = max(1, self.max_length - len(prompt))
         if asked.params.max_tokens is not None:
             max_tokens = min(max_tokens, asked.params.max_tokens)
@@ -212,11 +216,9 @@ class TorchSampler:
             account=self._schedule.account(work.tenant),
             adapter=adapter,
             prompt=prompt,
-            prompt_logprobs=None,
+            scores=scores,
             unfinished=asked.num_samples,
         )
-        if asked.prompt_logprobs:
-            request.prompt_logprobs = np.full(len(prompt), np.nan, dtype=np.float32)
         seed = asked.params.seed
         request.sequences = [
             Sequence(request, index, Uniforms(seed, index), stop)
@@ -288,7 +290,7 @@ class TorchSampler:
         for found in drawn:
             sequence = found.sequence
             sequence.request.account.served += 1
-            if sequence.add(found.token, found.logprob):
+            if sequence.add(found.token, found.logprob, found.top):
                 going_on.add(sequence)
             else:
                 sequence.request.unfinished -= 1

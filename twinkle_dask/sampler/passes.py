@@ -12,13 +12,14 @@ from torch import Tensor
 
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.lora import BatchPlan
+from twinkle_dask.model.vision import Patch
 from twinkle_dask.sampler.drawing import DrawRules, draw
 from twinkle_dask.sampler.kv_cache import SlotCache
 from twinkle_dask.sampler.lanes import Lane
 from twinkle_dask.sampler.masks import DecodeMasks
 from twinkle_dask.sampler.plans import segments_of
-from twinkle_dask.sampler.scoring import score
 from twinkle_dask.sampler.sequences import Job, Sequence
+from twinkle_dask.types import Float32Array, Int32Array
 
 # A request for a thousand samples draws their first tokens from one row of logits, repeated.
 _ROWS_PER_DRAW = 64
@@ -26,11 +27,15 @@ _ROWS_PER_DRAW = 64
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token for a sequence; a logprob of NaN says that the logits were not finite."""
+    """A token for a sequence; a logprob of NaN says that the logits were not finite.
+
+    ``top`` are the likeliest tokens and their logprobs, for a request that wants them.
+    """
 
     sequence: Sequence
     token: int
     logprob: float
+    top: tuple[Int32Array, Float32Array] | None = None
 
 
 class Passes:
@@ -57,16 +62,16 @@ class Passes:
         pieces = [job.tokens[past : past + length] for job in jobs]
         padded = [piece + [0] * (length - len(piece)) for piece in pieces]
         plan = BatchPlan(segments_of([job.request.adapter for job in jobs]))
-        hidden_BLD = chunk_hidden(base, plan, cache, padded, past)
+        patches = _patches(base, jobs, past, length)
+        hidden_BLD = chunk_hidden(base, plan, cache, padded, past, patches)
         ends = [len(piece) - 1 for piece in pieces]
         for row, (job, piece) in enumerate(zip(jobs, pieces, strict=True)):
             job.done = past + len(piece)
-            targets = job.tokens[past + 1 : job.done + 1]
-            if job.scores is not None and targets:
-                hidden_ND = hidden_BLD[row, : len(targets)]
+            if job.scores is not None:
+                # What follows the last position is not of the prompt; it is drawn.
+                hidden_ND = hidden_BLD[row, : min(len(piece), len(job.tokens) - 1 - past)]
                 its_plan = BatchPlan(segments_of([job.request.adapter]))
-                scored = score(base.head, hidden_ND, targets, its_plan)
-                job.scores[past + 1 : past + 1 + len(targets)] = scored
+                job.scores.fill(base.head, hidden_ND, past, its_plan)
         waiting = [
             (row, sequence)
             for row, job in enumerate(jobs)
@@ -104,8 +109,8 @@ class Passes:
         if whole and kept is not None and kept[0] == lane.version:
             return kept[1], kept[2]
         head_VD = self._base.head.weight_VD
-        params = [sequence.params for sequence in lane.rows[rows]]
-        plan, rules = lane.plan(rows), DrawRules.of(params, head_VD.shape[0], head_VD.device)
+        plan = lane.plan(rows)
+        rules = _rules(lane.rows[rows], head_VD.shape[0], head_VD.device)
         if whole:
             self._kept[lane] = lane.version, plan, rules
         return plan, rules
@@ -133,25 +138,54 @@ def decode_hidden(
 
 
 def chunk_hidden(
-    base: BaseModel, plan: BatchPlan, cache: SlotCache, tokens: list[list[int]], past: int
+    base: BaseModel,
+    plan: BatchPlan,
+    cache: SlotCache,
+    tokens: list[list[int]],
+    past: int,
+    patches: Several[Patch] = (),
 ) -> Tensor:
     """Hidden states (B, L, D) of the next tokens of the cache's first rows, all at ``past``."""
     tokens_BL = torch.tensor(tokens, device=base.device)
     rows, length = tokens_BL.shape
     cache.begin_chunk(rows=rows, past=past, length=length)
     positions_BL = torch.arange(past, past + length, device=base.device).unsqueeze(0)
-    return base.hidden(tokens_BL, plan, positions_BL=positions_BL, cache=cache)
+    return base.hidden(tokens_BL, plan, positions_BL=positions_BL, cache=cache, patches=patches)
+
+
+def _patches(base: BaseModel, jobs: Several[Job], past: int, length: int) -> list[Patch]:
+    """What lies within ``length`` positions from ``past`` of the jobs' images."""
+    patches: list[Patch] = []
+    for row, job in enumerate(jobs):
+        for image in job.request.work.request.images:
+            start = max(image.position, past)
+            stop = min(image.position + image.num_positions, past + length)
+            if start < stop:
+                look_PD = base.look([[image]])[image.data]
+                part_PD = look_PD[start - image.position : stop - image.position]
+                patches.append(Patch(row * length + start - past, part_PD))
+    return patches
 
 
 def _first(some: Several[tuple[int, Sequence]], logits_BV: Tensor) -> list[Drawn]:
     rows_N = torch.tensor([row for row, _ in some], device=logits_BV.device)
     sequences = [sequence for _, sequence in some]
-    params = [sequence.params for sequence in sequences]
-    rules = DrawRules.of(params, logits_BV.shape[-1], logits_BV.device)
+    rules = _rules(sequences, logits_BV.shape[-1], logits_BV.device)
     return _draw(sequences, logits_BV[rows_N], rules)
+
+
+def _rules(sequences: Several[Sequence], vocab_size: int, device: torch.device) -> DrawRules:
+    params = [sequence.params for sequence in sequences]
+    num_top = [sequence.request.work.request.topk_sample_logprobs for sequence in sequences]
+    return DrawRules.of(params, vocab_size, device, num_top)
 
 
 def _draw(sequences: Several[Sequence], logits_BV: Tensor, rules: DrawRules) -> list[Drawn]:
     numbers = [sequences[row].uniforms.at(len(sequences[row].tokens)) for row in rules.random_rows]
-    tokens, logprobs = draw(logits_BV, rules, numbers)
-    return [Drawn(*found) for found in zip(sequences, tokens, logprobs, strict=True)]
+    tokens, logprobs, top = draw(logits_BV, rules, numbers)
+    return [
+        Drawn(sequence, token, logprob, top.get(row))
+        for row, (sequence, token, logprob) in enumerate(
+            zip(sequences, tokens, logprobs, strict=True)
+        )
+    ]

@@ -10,12 +10,15 @@ from twinkle_dask.sampler.drawing import Uniforms
 from twinkle_dask.sampler.fairness import Account
 from twinkle_dask.sampler.interface import SampleWork
 from twinkle_dask.sampler.kv_cache import SlotCache
+from twinkle_dask.sampler.scoring import PromptScores
 from twinkle_dask.sampler.stopping import StopRule
 from twinkle_dask.types import (
     Float32Array,
+    Int32Array,
     SampledSequence,
     SampleResult,
     SamplingParams,
+    ScoredTokens,
     StopReason,
 )
 
@@ -27,6 +30,7 @@ class Sequence:
     Attributes:
         index: Its place among the request's samples.
         tokens: Generated so far. The last one is in no cache yet.
+        top: The likeliest tokens at each place; empty if not asked for.
     """
 
     request: "Request"
@@ -35,6 +39,9 @@ class Sequence:
     stop: StopRule
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    top: list[tuple[Int32Array, Float32Array]] = field(
+        default_factory=list[tuple[Int32Array, Float32Array]]
+    )
     stop_reason: StopReason | None = None
 
     @property
@@ -57,10 +64,14 @@ class Sequence:
         """Tokens whose keys and values a running sequence keeps: all but the last."""
         return len(self.request.prompt) + len(self.tokens) - 1
 
-    def add(self, token: int, logprob: float) -> bool:
+    def add(
+        self, token: int, logprob: float, top: tuple[Int32Array, Float32Array] | None = None
+    ) -> bool:
         """Append a token; whether the sequence goes on."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if top is not None:
+            self.top.append(top)
         self.stop_reason = self.stop.after(token)
         return self.stop_reason is None
 
@@ -72,6 +83,13 @@ class Sequence:
             tokens=np.array(self.tokens, dtype=np.int32),
             logprobs=np.array(self.logprobs, dtype=np.float32),
             stop_reason=self.stop_reason,
+            topk_logprobs=self._top() if self.top else None,
+        )
+
+    def _top(self) -> ScoredTokens:
+        return ScoredTokens(
+            tokens=np.stack([tokens for tokens, _ in self.top]),
+            logprobs=np.stack([logprobs for _, logprobs in self.top]),
         )
 
 
@@ -81,7 +99,7 @@ class Request:
 
     Attributes:
         age: Larger is younger.
-        prompt_logprobs: Filled in by the prefill; None if not asked for.
+        scores: Filled in by the prefill; None if nothing about the prompt is asked for.
         unfinished: How many of the sequences go on.
     """
 
@@ -90,16 +108,16 @@ class Request:
     account: "JobAccount"
     adapter: LoraTensors | None
     prompt: list[int]
-    prompt_logprobs: Float32Array | None
+    scores: PromptScores | None
     sequences: list[Sequence] = field(default_factory=list[Sequence])
     unfinished: int = 0
 
     def result(self) -> SampleResult:
         """The finished request as a value."""
-        return SampleResult(
-            sequences=tuple(sequence.sampled() for sequence in self.sequences),
-            prompt_logprobs=self.prompt_logprobs,
-        )
+        sequences = tuple(sequence.sampled() for sequence in self.sequences)
+        if self.scores is None:
+            return SampleResult(sequences=sequences)
+        return self.scores.result(sequences)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +131,7 @@ class Job:
         sequences: Those that have no slot yet.
         cache: Where the prefill stands, with its row; None before it has begun.
         done: How many of the tokens are in the cache.
-        scores: Where to write the tokens' logprobs; None if they are not wanted.
+        scores: The request's, where these are its prompt's first tokens to be read; else None.
         alone: It failed in company, so it must run by itself to show whose fault that was.
     """
 
@@ -123,7 +141,7 @@ class Job:
     cache: SlotCache | None = None
     row: int = 0
     done: int = 0
-    scores: Float32Array | None = None
+    scores: PromptScores | None = None
     alone: bool = False
 
     @property

@@ -88,6 +88,26 @@ class BlobStore:
         with plain_faults(f"read {path}"):
             return self._backend.get(path)
 
+    def size(self, path: str) -> int:
+        """Bytes of one blob.
+
+        Raises:
+            StorageFailed: It is missing or cannot be read.
+        """
+        check_path(path)
+        with plain_faults(f"read {path}"):
+            return self._backend.size(path)
+
+    def get_part(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Read part of one blob; less where it ends earlier.
+
+        Raises:
+            StorageFailed: It is missing or cannot be read.
+        """
+        check_path(path)
+        with plain_faults(f"read {path}"):
+            return self._backend.get_part(path, start, num_bytes)
+
     def put_folder(
         self,
         path: str,

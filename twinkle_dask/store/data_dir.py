@@ -10,6 +10,7 @@ from twinkle_dask.errors import StartupError
 from twinkle_dask.store.store import sqlite_url
 
 _LOCK = "server.lock"
+_DATABASE = "twinkle_dask.sqlite3"
 
 
 class DataDir:
@@ -26,7 +27,7 @@ class DataDir:
     @property
     def database_url(self) -> str:
         """Where the records lie unless the configuration says otherwise."""
-        return sqlite_url(self.path / "twinkle_dask.sqlite3")
+        return sqlite_url(self.path / _DATABASE)
 
     @property
     def blobs_dir(self) -> Path:
@@ -44,6 +45,24 @@ class DataDir:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
+
+
+def database_url_of(path: str | os.PathLike[str]) -> str:
+    """The database in a data folder, for commands that run beside its server.
+
+    Makes the folder if need be, as the server would.
+
+    Raises:
+        StartupError: It cannot be made.
+    """
+    folder = Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"The data directory {folder} cannot be made: {error.strerror}."
+        ) from error
+    return sqlite_url(folder / _DATABASE)
 
 
 def open_data_dir(path: str | os.PathLike[str]) -> DataDir:

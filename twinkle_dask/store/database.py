@@ -69,7 +69,7 @@ class Database:
         def work(connection: Connection) -> tuple[R, ...]:
             return tuple(from_row(kind, row) for row in connection.execute(query).mappings())
 
-        return await self._read(work)
+        return await self.read(work)
 
     async def one(self, kind: type[R], query: Select[Any]) -> R | None:
         """The record of a query that finds at most one."""
@@ -78,7 +78,7 @@ class Database:
             row = connection.execute(query).mappings().one_or_none()
             return None if row is None else from_row(kind, row)
 
-        return await self._read(work)
+        return await self.read(work)
 
     async def scalar(self, query: Select[Any]) -> Any:
         """The single value of a query."""
@@ -86,7 +86,7 @@ class Database:
         def work(connection: Connection) -> Any:
             return connection.scalar(query)
 
-        return await self._read(work)
+        return await self.read(work)
 
     async def values(self, query: Select[Any] | CompoundSelect[Any]) -> tuple[Any, ...]:
         """The first column of all rows of a query."""
@@ -94,9 +94,10 @@ class Database:
         def work(connection: Connection) -> tuple[Any, ...]:
             return tuple(connection.scalars(query))
 
-        return await self._read(work)
+        return await self.read(work)
 
-    async def _read(self, work: Work[T]) -> T:
+    async def read(self, work: Work[T]) -> T:
+        """Run queries that belong together, beside others; see ``Connections.read``."""
         with database_faults("read records"):
             return await self._connections.read(work)
 

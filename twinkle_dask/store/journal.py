@@ -18,12 +18,13 @@ from sqlalchemy import (
     update,
 )
 
+from twinkle_dask.store import usage
 from twinkle_dask.store.database import Database
-from twinkle_dask.store.records import OperationRecord, OperationState
+from twinkle_dask.store.records import OperationRecord, OperationState, UsageKind
 from twinkle_dask.store.runs import LIVE
 from twinkle_dask.store.tables import operations as t
-from twinkle_dask.store.tables import runs
-from twinkle_dask.types import RunId, TenantId, TicketId
+from twinkle_dask.store.tables import runs, samplers
+from twinkle_dask.types import RunId, SamplerId, SessionId, TenantId, TicketId
 
 _WITHOUT_BYTES = tuple(column for column in t.c if column.name not in {"payload", "result"})
 _SETTLE = update(t).where(t.c.ticket_id == bindparam("ticket"), t.c.state == OperationState.PENDING)
@@ -76,16 +77,38 @@ class Journal:
         result_path: str | None = None,
         result_bytes: int,
         when: datetime,
+        output_tokens: int | None = None,
+        used: tuple[UsageKind, ...] = (),
     ) -> bool:
-        """Record a result; False if the operation was not pending (the first outcome stands)."""
-        return await self._settle(
-            ticket,
-            state=OperationState.DONE,
-            result=result,
-            result_path=result_path,
-            result_bytes=result_bytes,
-            finished_at=when,
-        )
+        """Record a result; False if the operation was not pending (the first outcome stands).
+
+        Args:
+            ticket: Whose.
+            result: The packed result, or
+            result_path: the blob with it.
+            result_bytes: How long it is.
+            when: Now.
+            output_tokens: How many were drawn.
+            used: What to count for the tenant, in the same transaction.
+        """
+        values = {
+            "ticket": ticket,
+            "state": OperationState.DONE,
+            "result": result,
+            "result_path": result_path,
+            "result_bytes": result_bytes,
+            "finished_at": when,
+            "output_tokens": output_tokens,
+        }
+
+        def work(connection: Connection) -> bool:
+            if connection.execute(_SETTLE, values).rowcount != 1:
+                return False
+            for kind in used:
+                usage.count(connection, ticket, kind, when)
+            return True
+
+        return await self._database.write(work)
 
     async def fail(self, ticket: TicketId, *, kind: str, message: str, when: datetime) -> bool:
         """Record a failure; False if the operation was not pending (the first outcome stands)."""
@@ -115,6 +138,11 @@ class Journal:
             OperationRecord, select(t).where(t.c.run_id == run, t.c.seq == seq)
         )
 
+    async def last_of_kind(self, run: RunId, kind: str) -> OperationRecord | None:
+        """The run's newest operation of one kind."""
+        query = select(t).where(t.c.run_id == run, t.c.kind == kind)
+        return await self._database.one(OperationRecord, query.order_by(t.c.seq.desc()).limit(1))
+
     async def first_pending_seq(self, run: RunId) -> int | None:
         """The lowest place of a run whose operation has no outcome; None if there is none."""
         pending = and_(t.c.run_id == run, t.c.state == OperationState.PENDING)
@@ -128,6 +156,33 @@ class Journal:
             .order_by(t.c.run_id.nulls_last(), t.c.seq.nulls_last(), t.c.created_at, t.c.ticket_id)
         )
         return await self._database.all(OperationRecord, query)
+
+    async def unread(
+        self, sampler: SamplerId, *, first_seq: int, end_seq: int
+    ) -> tuple[OperationRecord, ...]:
+        """What a sampler has drawn or failed to draw and no client was given, oldest first.
+
+        Those without a ``seq`` are there where ``first_seq`` is 0; payloads and results are not.
+        """
+        place = and_(t.c.seq >= first_seq, t.c.seq < end_seq)
+        if first_seq == 0:
+            place = or_(place, t.c.seq.is_(None))
+        unread = and_(t.c.state != OperationState.PENDING, t.c.delivered_at.is_(None))
+        query = select(*_WITHOUT_BYTES).where(t.c.sampler_id == sampler, place, unread)
+        return await self._database.all(
+            OperationRecord, query.order_by(t.c.finished_at, t.c.ticket_id)
+        )
+
+    async def in_session(self, session: SessionId) -> tuple[OperationRecord, ...]:
+        """What is kept of all runs and samplers of a session, oldest first, without bytes."""
+        ours = or_(
+            t.c.run_id.in_(select(runs.c.id).where(runs.c.session_id == session)),
+            t.c.sampler_id.in_(select(samplers.c.id).where(samplers.c.session_id == session)),
+        )
+        query = select(*_WITHOUT_BYTES).where(ours)
+        return await self._database.all(
+            OperationRecord, query.order_by(t.c.created_at, t.c.ticket_id)
+        )
 
     async def for_run(self, run: RunId, *, after_seq: int) -> tuple[OperationRecord, ...]:
         """What a replay goes through: the run's operations with a larger ``seq``, in order.

@@ -47,6 +47,16 @@ class LocalBlobs:
         with open(self._at(path), "rb") as file:
             return file.read()
 
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        return os.stat(self._at(path)).st_size
+
+    def get_part(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Read from the middle of a file."""
+        with open(self._at(path), "rb") as file:
+            file.seek(start)
+            return file.read(num_bytes)
+
     def put_folder(
         self, path: str, files: Mapping[str, Bytes], *, overwrite: bool, marker: str
     ) -> None:

@@ -15,7 +15,8 @@ class _FileSystem(Protocol):
     """The part of ``fsspec.AbstractFileSystem`` used here."""
 
     def pipe_file(self, path: str, value: bytes) -> None: ...
-    def cat_file(self, path: str) -> bytes: ...
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes: ...
+    def size(self, path: str) -> int: ...
     def rm_file(self, path: str) -> None: ...
     def rm(self, path: str, recursive: bool) -> None: ...
     def find(self, path: str, *, withdirs: bool, detail: bool) -> list[str]: ...
@@ -52,6 +53,14 @@ class ObjectBlobs:
     def get(self, path: str) -> bytes:
         """Read one object."""
         return self._fs.cat_file(self._at(path))
+
+    def size(self, path: str) -> int:
+        """Bytes of one object."""
+        return self._fs.size(self._at(path))
+
+    def get_part(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Read a range of one object."""
+        return self._fs.cat_file(self._at(path), start, start + num_bytes)
 
     def put_folder(
         self, path: str, files: Mapping[str, Bytes], *, overwrite: bool, marker: str

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from twinkle_dask.lifecycle import SessionState
 from twinkle_dask.types import Json, LoraSpec, RunId, SamplerId, SessionId, TenantId, TicketId
@@ -11,13 +12,17 @@ from twinkle_dask.types import Json, LoraSpec, RunId, SamplerId, SessionId, Tena
 class RunPhase(StrEnum):
     """A run is usable while ready; failed means it could not be created.
 
-    Closed is the end of all: its session is over, and only results and checkpoints are left.
+    Unloaded is what its client asked for; it is closed as soon as its work is done. Closed is the
+    end of all: only results and checkpoints are left. Copied was never anything else: such a run
+    holds a copied checkpoint and cannot be trained.
     """
 
     CREATING = "creating"
     READY = "ready"
     FAILED = "failed"
+    UNLOADED = "unloaded"
     CLOSED = "closed"
+    COPIED = "copied"
 
 
 class OperationState(StrEnum):
@@ -29,10 +34,28 @@ class OperationState(StrEnum):
 
 
 class CheckpointKind(StrEnum):
-    """Training state (weights and optimizer), or weights for samplers only."""
+    """Training state (weights and optimizer), weights for samplers only, or an exported adapter."""
 
     TRAINING = "weights"
     SAMPLER = "sampler_weights"
+    EXTERNAL = "external_weights"
+
+
+class KeyOrigin(StrEnum):
+    """Where a key comes from: the configuration, a start without one, ``twinkle-dask keys``."""
+
+    CONFIGURED = "configured"
+    START = "start"
+    COMMAND = "command"
+
+
+class UsageKind(StrEnum):
+    """What is counted: tokens, and for checkpoints their number."""
+
+    TRAINING = "training"
+    PREFILL = "sampling_prefill"
+    SAMPLE = "sampling_sample"
+    CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +65,9 @@ class TenantKey:
     Attributes:
         key_hash: SHA-256 of the key, in hex.
         hint: Its last four characters, to tell keys apart in lists.
+        origin: None in databases of old, for a configured one.
+        email: Of whoever holds it, if the operator told.
+        revoked_at: From then on it is nobody's.
     """
 
     key_hash: str
@@ -49,6 +75,15 @@ class TenantKey:
     name: str
     hint: str
     created_at: datetime
+    origin: KeyOrigin | None = None
+    note: str | None = None
+    email: str | None = None
+    revoked_at: datetime | None = None
+
+    @property
+    def key_id(self) -> int:
+        """Names the key without telling it: 48 bits of its hash, so that JSON can hold them."""
+        return int(self.key_hash[:12], 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +152,9 @@ class OperationRecord:
         result_path: the blob with it.
         error_kind: For a failure, the class of the error.
         delivered_at: When the client was last given the outcome.
+        key_id: Of the key that the client sent it with; see ``TenantKey.key_id``.
+        input_tokens: Of the batch, or of the prompt.
+        output_tokens: That were drawn, once it is done.
     """
 
     ticket_id: TicketId
@@ -137,6 +175,9 @@ class OperationRecord:
     created_at: datetime
     finished_at: datetime | None = None
     delivered_at: datetime | None = None
+    key_id: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
     payload: bytes | None = field(default=None, repr=False)
     result: bytes | None = field(default=None, repr=False)
 
@@ -154,6 +195,8 @@ class SamplerRecord:
         sampler_seq: Place among the session's samplers, unique there.
         checkpoint_id: The weights it samples with; None is the base model. It stays after the
             checkpoint is deleted, so that the sampler never turns into the base model.
+        follows_run_id: Instead, the run whose newest inflight weights it samples with.
+        num_joined: Copies of its client that asked for a number so far.
     """
 
     id: SamplerId
@@ -162,16 +205,50 @@ class SamplerRecord:
     sampler_seq: int
     base_model: str
     checkpoint_id: str | None = None
+    follows_run_id: RunId | None = None
+    num_joined: int = 0
     created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InflightRecord:
+    """Weights that a run saved for all samplers that follow it, at a place in its order."""
+
+    checkpoint_id: str
+    run_id: RunId
+    seq: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedRecord:
+    """Prompt and tokens of one sample, kept while its session lives.
+
+    Attributes:
+        ticket_id: Of the sample, from which its sequences have their names.
+        content: Packed by the operations layer, or
+        content_path: the blob with it.
+    """
+
+    ticket_id: TicketId
+    tenant_id: TenantId
+    session_id: SessionId
+    created_at: datetime
+    content_path: str | None = None
+    content: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """Saved state; its files lie in the blob folder ``path``.
+    """Saved state; its files lie in the blob folder ``path``, which copies share.
 
     Attributes:
         id: A uuid in hex.
-        name: Unique with run and kind; None for weights saved for one sampler only.
+        name: Unique with run and kind; None for weights saved for one sampler only, and for one
+            that was deleted or replaced and whose files are about to go.
+        expires_at: From then on it is in no list and found by no address, whether it is still
+            there or not.
+        last_used_at: When an unnamed one was last sampled, as far as it was written down.
     """
 
     id: str
@@ -188,6 +265,26 @@ class CheckpointRecord:
     user_metadata: Json = field(default_factory=Json)
     created_at: datetime
     expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomLossRecord:
+    """A loss that a tenant has defined in a session.
+
+    Attributes:
+        ranks: ``[name, rank]`` of each input, ``logprobs`` first.
+        graph: See ``twinkle_dask.custom_losses``.
+    """
+
+    id: str
+    tenant_id: TenantId
+    session_id: SessionId
+    loss_seq: int
+    name: str
+    ranks: list[list[Any]]
+    graph: str
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,3 +311,21 @@ class AuditRecord:
     event: str
     details: Json
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageRecord:
+    """How much of one kind one key used in one hour, of one base model and in one session.
+
+    Attributes:
+        hour: Its start.
+        amount: Tokens, or checkpoints.
+    """
+
+    tenant_id: TenantId
+    hour: datetime
+    key_id: int
+    kind: UsageKind
+    base_model: str
+    session_id: SessionId
+    amount: int

@@ -14,7 +14,8 @@ from twinkle_dask.types import RunId, SessionId, TenantId
 LIVE = (RunPhase.CREATING, RunPhase.READY)
 """States in which a run may still be asked for something, so that it must be recoverable."""
 
-_NOT_CLOSED = tuple(phase for phase in RunPhase if phase is not RunPhase.CLOSED)
+_ENDING = (*LIVE, RunPhase.FAILED)
+"""States that end with the session."""
 
 
 class Runs:
@@ -39,14 +40,20 @@ class Runs:
         )
 
     async def to_close(self) -> tuple[RunRecord, ...]:
-        """Every run whose session is over and whose acknowledged work is all done."""
+        """Every run that was unloaded, or whose session is over, and whose work is all done."""
         pending = exists().where(
             operations.c.run_id == t.c.id, operations.c.state == OperationState.PENDING
         )
         query = (
             select(t)
             .join(sessions, sessions.c.id == t.c.session_id)
-            .where(t.c.state.in_(_NOT_CLOSED), sessions.c.state != SessionState.ACTIVE, ~pending)
+            .where(
+                or_(
+                    t.c.state == RunPhase.UNLOADED,
+                    and_(t.c.state.in_(_ENDING), sessions.c.state != SessionState.ACTIVE),
+                ),
+                ~pending,
+            )
         )
         return await self._database.all(RunRecord, query)
 

@@ -1,6 +1,6 @@
 """Sampling sessions."""
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, or_, select, update
 
 from twinkle_dask.store.database import Database
 from twinkle_dask.store.records import SamplerRecord
@@ -34,3 +34,13 @@ class Samplers:
         """The session's samplers by ``sampler_seq``."""
         query = select(t).where(t.c.session_id == session).order_by(t.c.sampler_seq)
         return await self._database.all(SamplerRecord, query)
+
+    async def join(self, sampler: SamplerId) -> int:
+        """Count another client of the sampler; gives its number, which no other will get."""
+        this = t.c.id == sampler
+
+        def work(connection: Connection) -> int:
+            connection.execute(update(t).where(this).values(num_joined=t.c.num_joined + 1))
+            return connection.execute(select(t.c.num_joined).where(this)).scalar_one()
+
+        return await self._database.write(work)

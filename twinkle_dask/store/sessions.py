@@ -1,6 +1,6 @@
 """Sessions: who is connected, and who was."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
@@ -35,6 +35,22 @@ class Sessions:
         """The tenant's session; None if there is none or it is another tenant's."""
         mine = and_(t.c.id == session, t.c.tenant_id == tenant)
         return await self._database.one(SessionRecord, select(t).where(mine))
+
+    async def find(self, session: SessionId) -> SessionRecord | None:
+        """A session, whose ever it is."""
+        return await self._database.one(SessionRecord, select(t).where(t.c.id == session))
+
+    async def among(self, sessions: Collection[SessionId]) -> tuple[SessionRecord, ...]:
+        """Those of these sessions that there are, in no order."""
+        if not sessions:
+            return ()
+        found = select(t).where(t.c.id.in_(tuple(sessions)))
+        return await self._database.all(SessionRecord, found)
+
+    async def set_project(self, session: SessionId, project: str) -> None:
+        """Give a session another label."""
+        labelled = update(t).where(t.c.id == session).values(project_id=project)
+        await self._database.change(labelled)
 
     async def by_idempotency_key(self, tenant: TenantId, key: str) -> SessionRecord | None:
         """The session that the tenant created under ``key``."""

@@ -5,13 +5,20 @@ from pathlib import Path
 
 from twinkle_dask.store.audit import AuditEvents
 from twinkle_dask.store.checkpoints import Checkpoints
+from twinkle_dask.store.copies import Copies
+from twinkle_dask.store.custom_losses import CustomLosses
 from twinkle_dask.store.database import Database
+from twinkle_dask.store.inflight import InflightWeights
 from twinkle_dask.store.journal import Journal
 from twinkle_dask.store.keys import Keys
+from twinkle_dask.store.recorded import RecordedSamples
 from twinkle_dask.store.runs import Runs
 from twinkle_dask.store.samplers import Samplers
+from twinkle_dask.store.searches import Searches
 from twinkle_dask.store.secrets import Secrets
 from twinkle_dask.store.sessions import Sessions
+from twinkle_dask.store.sharing import Sharing
+from twinkle_dask.store.usage import Usage
 
 
 def sqlite_url(file: Path) -> str:
@@ -32,10 +39,17 @@ class Store:
     sessions: Sessions
     runs: Runs
     samplers: Samplers
+    inflight: InflightWeights
+    recorded: RecordedSamples
     journal: Journal
     checkpoints: Checkpoints
+    copies: Copies
+    custom_losses: CustomLosses
     secrets: Secrets
     audit: AuditEvents
+    usage: Usage
+    searches: Searches
+    sharing: Sharing
     _database: Database
 
     @classmethod
@@ -55,10 +69,17 @@ class Store:
             sessions=Sessions(database),
             runs=Runs(database),
             samplers=Samplers(database),
+            inflight=InflightWeights(database),
+            recorded=RecordedSamples(database),
             journal=Journal(database),
             checkpoints=Checkpoints(database),
+            copies=Copies(database),
+            custom_losses=CustomLosses(database),
             secrets=Secrets(database),
             audit=AuditEvents(database),
+            usage=Usage(database),
+            searches=Searches(database),
+            sharing=Sharing(database),
             _database=database,
         )
 

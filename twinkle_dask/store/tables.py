@@ -24,7 +24,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from twinkle_dask.store.records import CheckpointKind, OperationState, RunPhase, SessionState
+from twinkle_dask.store.records import (
+    CheckpointKind,
+    KeyOrigin,
+    OperationState,
+    RunPhase,
+    SessionState,
+    UsageKind,
+)
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -119,6 +126,10 @@ tenant_keys = Table(
     _text("name"),
     _text("hint"),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("origin", Named(KeyOrigin)),
+    Column("note", Text),
+    Column("email", Text),
+    Column("revoked_at", UtcDateTime),
 )
 
 sessions = Table(
@@ -170,8 +181,32 @@ samplers = Table(
     Column("sampler_seq", Integer, nullable=False),
     _text("base_model"),
     Column("checkpoint_id", String),  # no foreign key: see SamplerRecord
+    Column("follows_run_id", String),
+    Column("num_joined", Integer, nullable=False, server_default="0"),
     Column("created_at", UtcDateTime, nullable=False),
     UniqueConstraint("session_id", "sampler_seq"),
+)
+
+inflight_weights = Table(
+    "inflight_weights",
+    metadata,
+    Column("checkpoint_id", String, primary_key=True),
+    _text("run_id", ForeignKey("runs.id")),
+    Column("seq", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Index(None, "run_id", "seq"),
+)
+
+recorded_samples = Table(
+    "recorded_samples",
+    metadata,
+    Column("ticket_id", String, primary_key=True),
+    _text("tenant_id"),
+    _text("session_id", ForeignKey("sessions.id")),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("content_path", String),
+    Column("content", LargeBinary),
+    Index(None, "session_id"),
 )
 
 operations = Table(
@@ -195,6 +230,9 @@ operations = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("finished_at", UtcDateTime, index=True),
     Column("delivered_at", UtcDateTime, index=True),
+    Column("key_id", BigInteger),
+    Column("input_tokens", BigInteger),
+    Column("output_tokens", BigInteger),
     # Last, so that SQLite finds the others without reading through them.
     Column("payload", LargeBinary),
     Column("result", LargeBinary),
@@ -210,7 +248,7 @@ checkpoints = Table(
     _text("run_id", ForeignKey("runs.id")),
     Column("kind", Named(CheckpointKind), nullable=False),
     Column("name", String),
-    _text("path"),
+    Column("path", String, nullable=False, index=True),
     _text("base_model"),
     *_lora_columns(),
     Column("has_optimizer", Boolean, nullable=False),
@@ -219,8 +257,23 @@ checkpoints = Table(
     Column("user_metadata", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime, index=True),
+    Column("last_used_at", UtcDateTime),
     UniqueConstraint("run_id", "kind", "name"),
     Index(None, "tenant_id", "created_at"),
+)
+
+custom_losses = Table(
+    "custom_losses",
+    metadata,
+    Column("id", String, primary_key=True),
+    _text("tenant_id"),
+    _text("session_id", ForeignKey("sessions.id")),
+    Column("loss_seq", BigInteger, nullable=False),
+    _text("name"),
+    Column("ranks", JSON, nullable=False),
+    Column("graph", Text, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    UniqueConstraint("session_id", "loss_seq"),
 )
 
 secrets = Table(
@@ -240,4 +293,16 @@ audit_events = Table(
     Column("details", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Index(None, "tenant_id", "created_at"),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant_id", String, primary_key=True),
+    Column("hour", UtcDateTime, primary_key=True),
+    Column("key_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", Named(UsageKind), primary_key=True),
+    Column("base_model", String, primary_key=True),
+    Column("session_id", String, primary_key=True),
+    Column("amount", BigInteger, nullable=False),
 )

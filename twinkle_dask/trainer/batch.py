@@ -4,7 +4,7 @@ Shapes: B rows, L longest row, P positions that are no padding, T target tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.model.attention import Rows
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.model.lora import BatchPlan, LoraTensors, Segment
+from twinkle_dask.model.vision import Patch
 from twinkle_dask.trainer.gradient import Gradient
 from twinkle_dask.trainer.head import Targets
 from twinkle_dask.trainer.mixed_loss import MixedLoss, on_device
-from twinkle_dask.types import Datum, Int64Array, LossSpec
+from twinkle_dask.types import Datum, Int64Array, Loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +31,7 @@ class Part:
 
     adapter: LoraTensors
     gradient: Gradient | None
-    loss: LossSpec
+    loss: Loss
     data: Sequence[Datum]
 
     @property
@@ -47,11 +48,13 @@ class Layout:
         rows: If rows lie one after another in one sequence, where each begins.
         tokens: int64; (P,) if packed, else (B, L), padded on the right.
         place_P: Each position's place in the flattened tokens; None if there is no padding.
+        patches: Images, in place of some of the tokens.
     """
 
     rows: Rows | None
     tokens: Tensor
     place_P: Tensor | None
+    patches: Sequence[Patch]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +78,7 @@ class Batch:
         parts: Sequence[Part],
         grads: Sequence[Mapping[str, Tensor] | None],
         base: BaseModel,
+        looks: Mapping[bytes, Tensor],
     ) -> "Batch":
         """Lay the rows out.
 
@@ -82,6 +86,7 @@ class Batch:
             parts: At least one, with at least one datum each.
             grads: For each part, buffers for its gradients.
             base: Packed where its architecture allows it.
+            looks: What the rows' images look like, from ``BaseModel.look``.
 
         Raises:
             InvalidRequest: A row is empty, or a token or target is outside of the vocabulary.
@@ -101,9 +106,14 @@ class Batch:
         segments = _segments(parts, grads, sizes)
         if base.mixes_only_by_attention:
             rows = Rows.of(sizes, base.device)
-            layout, over = Layout(rows, on_device(base.device, tokens_P), None), segments
+            starts = np.cumsum(lengths) - lengths
+            patches = _patches(data, starts, looks) if looks else ()
+            layout, over = Layout(rows, on_device(base.device, tokens_P), None, patches), segments
         else:
             layout = _padded(tokens_P, lengths, base.device)
+            if looks:
+                starts = np.arange(len(data)) * layout.tokens.shape[1]
+                layout = replace(layout, patches=_patches(data, starts, looks))
             over = _segments(parts, grads, [layout.tokens.shape[1]] * len(data))
         per_position_P = np.repeat(
             [datum.target_tokens.size // len(datum.tokens) for datum in data], lengths
@@ -126,7 +136,18 @@ def _padded(tokens_P: Int64Array, lengths: Int64Array, device: torch.device) -> 
     tokens_BL = np.zeros((len(lengths), longest), np.int64)
     tokens_BL[there_BL] = tokens_P
     place_P = None if there_BL.all() else on_device(device, np.flatnonzero(there_BL))
-    return Layout(None, on_device(device, tokens_BL), place_P)
+    return Layout(None, on_device(device, tokens_BL), place_P, ())
+
+
+def _patches(
+    data: Sequence[Datum], starts: Int64Array, looks: Mapping[bytes, Tensor]
+) -> list[Patch]:
+    """The images of rows that begin at these places."""
+    return [
+        Patch(int(start) + image.position, looks[image.data])
+        for datum, start in zip(data, starts, strict=True)
+        for image in datum.images
+    ]
 
 
 def length_groups(lengths: Sequence[int], padding_tokens: int) -> list[slice]:

@@ -324,8 +324,8 @@ class Trainer:
         for (progress, rows), of_rows in zip(members.items(), results, strict=True):
             self.tokens_done += sum(len(progress.body.data[row].tokens) for row in rows)
             try:
-                for row, (logprobs, loss) in zip(rows, of_rows, strict=True):
-                    progress.add(row, logprobs, loss)
+                for row, result in zip(rows, of_rows, strict=True):
+                    progress.add(row, result)
                 if progress.done:
                     ended.append(self._end(progress.work.id, progress.finish()))
             except TwinkleDaskError as error:

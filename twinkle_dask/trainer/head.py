@@ -36,7 +36,7 @@ LossOfPart: TypeAlias = Callable[[slice, Tensor], ValueAndSlope]
 
 @runtime_checkable
 class LooksAhead(Protocol):
-    """A loss whose slopes need some logprobs before any slope is asked for (GSPO).
+    """A loss whose slopes need some logprobs before any slope is asked for (GSPO, custom losses).
 
     Positions are taken a chunk at a time, so these few are scored twice: first forward only, then
     with everything else.
@@ -44,15 +44,18 @@ class LooksAhead(Protocol):
 
     @property
     def ahead_M(self) -> Int64Array:
-        """Indices of T, increasing, each the only target of its position; may be empty."""
+        """Indices of T, increasing; may be empty."""
         ...
 
     def __call__(self, part: slice, lp_T: Tensor, /) -> ValueAndSlope:
         """As ``LossOfPart``."""
         ...
 
-    def knowing(self, lp_M: Tensor) -> LossOfPart:
-        """The loss to go on with, once the logprobs of ``ahead_M`` are known."""
+    def knowing(self, lp_M: Tensor, *, backward: bool) -> LossOfPart:
+        """The loss to go on with, once the logprobs of ``ahead_M`` are known.
+
+        Called once, with ``backward`` as given to ``score``.
+        """
         ...
 
 
@@ -84,11 +87,13 @@ class Scored:
         logprobs_T: float32; log softmax of the unmodified logits at the targets.
         values_T: float32; each token's loss.
         grad_PD: Derivative of the summed loss by the hidden states, in their dtype, or None.
+        loss: What gave the values; knows what it looked ahead for.
     """
 
     logprobs_T: Tensor
     values_T: Tensor
     grad_PD: Tensor | None
+    loss: LossOfPart
 
 
 @torch.no_grad()
@@ -121,13 +126,13 @@ def score(
     """
     if isinstance(loss, LooksAhead) and len(ahead_M := loss.ahead_M):
         first = _only(ahead_M, head, hidden_PD, targets, segments, chunk_bytes, block_bytes)
-        loss = loss.knowing(first)
+        loss = loss.knowing(first, backward=backward)
     vocab_size = head.weight_VD.shape[0]
     chunk = max(1, chunk_bytes // (vocab_size * hidden_PD.element_size()))
     block = max(1, block_bytes // (vocab_size * 4))
     logprobs_T = hidden_PD.new_empty(len(targets.token_T), dtype=torch.float32)
     grad_PD = torch.zeros_like(hidden_PD) if backward else None
-    scored = Scored(logprobs_T, torch.empty_like(logprobs_T), grad_PD)
+    scored = Scored(logprobs_T, torch.empty_like(logprobs_T), grad_PD, loss)
     for start in range(0, len(hidden_PD), chunk):
         hidden_CD = hidden_PD[start : start + chunk]
         local = _within(segments, start, start + len(hidden_CD))
@@ -159,15 +164,17 @@ def _only(
     position_M = np.searchsorted(targets.first, ahead_M, side="right") - 1
     live_P = np.zeros(len(hidden_PD), np.bool_)
     live_P[position_M] = True
-    place_M = np.arange(len(ahead_M) + 1)
+    position_P = np.flatnonzero(live_P)
+    place_M = np.searchsorted(position_P, position_M)
+    first = np.append(np.searchsorted(position_M, position_P), len(position_M))
 
     def there(array: Int64Array) -> Tensor:
         return torch.from_numpy(array).to(hidden_PD.device)  # pyright: ignore[reportUnknownMemberType]
 
     scored = score(
         head,
-        hidden_PD[there(position_M)],
-        Targets(targets.token_T[there(ahead_M)], there(place_M[:-1]), place_M),
+        hidden_PD[there(position_P)],
+        Targets(targets.token_T[there(ahead_M)], there(place_M), first),
         _of_live(segments, live_P),
         lambda _, lp_T: (lp_T, lp_T),
         backward=False,

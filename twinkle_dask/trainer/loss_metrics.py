@@ -11,7 +11,7 @@ of 1, and 0 for the rest. Log ratios are limited to +-80 here, so that every met
 Shapes: D data, T target tokens of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,26 @@ def loss_metrics(
     if LOSSES[spec.name].off_policy:
         lp_T = np.concatenate([array.ravel() for array in logprobs])
         metrics |= _off_policy(spec, data, lp_T, means)
+    return metrics
+
+
+def custom_metrics(
+    data: Sequence[Datum], losses: Sequence[float], said: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Metrics of a batch under a custom loss: its own, combined over data as their suffix says.
+
+    Args:
+        data: At least one.
+        losses: Per datum.
+        said: Per datum, the loss's own metrics, with the same names for each.
+    """
+    metrics = {
+        "loss:sum": float(sum(losses)),
+        "tokens:sum": float(sum(len(datum.tokens) for datum in data)),
+    }
+    for name in said[0]:
+        total = sum(own[name] for own in said)
+        metrics[name] = total / len(data) if name.endswith(":mean") else total
     return metrics
 
 

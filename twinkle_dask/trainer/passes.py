@@ -4,10 +4,10 @@ The rows are cut into slices of about equal work, one for each compute lane, and
 computed in parallel; each has gradient buffers of its own, which are added up in the end, in order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,24 @@ from torch import Tensor
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.trainer.batch import Batch, Part
 from twinkle_dask.trainer.gradient import PassGradient
-from twinkle_dask.trainer.head import score
+from twinkle_dask.trainer.head import LossOfPart, score
 from twinkle_dask.trainer.lanes import NUMBERS_FOR_LANES, Lanes
+from twinkle_dask.trainer.mixed_loss import MixedLoss, OfDatum
 from twinkle_dask.types import Float32Array
 
-Result: TypeAlias = tuple[Float32Array, float]
+
+class Result(NamedTuple):
+    """What a datum gave.
+
+    Attributes:
+        logprobs: Of the shape of its targets.
+        loss: Summed over them; may be infinite or NaN.
+        custom: What else a custom loss said; None for other losses.
+    """
+
+    logprobs: Float32Array
+    loss: float
+    custom: OfDatum | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +61,19 @@ def run_pass(
             gradients are of no use then: some may have been added to.
 
     Returns:
-        For each part and datum: logprobs of the shape of its targets, and its summed loss, which
-        may be infinite or NaN.
+        For each part and datum, what it gave.
     """
     rows = [(i, row) for i, part in enumerate(parts) for row in range(len(part.data))]
     lengths = [len(parts[i].data[row].tokens) for i, row in rows]
+    # In this thread: the same for every slice, however the rows are cut.
+    looks = base.look([datum.images for part in parts for datum in part.data])
     shares = [_share(parts, [rows[i] for i in cut]) for cut in lanes.cut(lengths)]
     with ExitStack() as stack:
         if sum(lengths) > config.checkpoint_tokens and base.can_checkpoint:
             stack.enter_context(base.checkpointing())
-        done = lanes.run([(_slice, base, [s.part for s in share], config) for share in shares])
+        done = lanes.run(
+            [(_slice, base, [s.part for s in share], looks, config) for share in shares]
+        )
     results: list[dict[int, Result]] = [{} for _ in parts]
     found: list[list[PassGradient]] = [[] for _ in parts]
     for share, (of_share, gradients) in zip(shares, done, strict=True):
@@ -101,20 +117,20 @@ def _share(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> list[_Some
 
 
 def _slice(
-    base: BaseModel, parts: Sequence[Part], config: PassConfig
+    base: BaseModel, parts: Sequence[Part], looks: Mapping[bytes, Tensor], config: PassConfig
 ) -> tuple[list[list[Result]], list[PassGradient | None]]:
     gradients = [
         None if part.gradient is None else part.gradient.of_pass(base.dtype) for part in parts
     ]
     backward = any(gradient is not None for gradient in gradients)
     grads = [None if gradient is None else gradient.views for gradient in gradients]
-    batch = Batch.of(parts, grads, base)
+    batch = Batch.of(parts, grads, base, looks)
     layout = batch.layout
     with torch.set_grad_enabled(backward):
         if layout.rows is not None:
-            hidden = base.hidden_packed(layout.tokens, layout.rows, batch.plan)
+            hidden = base.hidden_packed(layout.tokens, layout.rows, batch.plan, layout.patches)
         else:
-            hidden = base.hidden(layout.tokens, batch.plan)
+            hidden = base.hidden(layout.tokens, batch.plan, patches=layout.patches)
     flat_D = hidden.detach().reshape(-1, hidden.shape[-1])
     scored = score(
         base.head,
@@ -133,22 +149,31 @@ def _slice(
         _backward(hidden, grad_D.view_as(hidden))
     host = torch.stack((scored.logprobs_T, scored.values_T)).cpu().numpy()
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is for the caller to judge
-        return _per_datum(parts, *host), gradients
+        return _per_datum(parts, host[0], host[1], _custom(scored.loss)), gradients
 
 
 def _backward(hidden: Tensor, grad: Tensor) -> None:
     hidden.backward(grad)  # pyright: ignore[reportUnknownMemberType]
 
 
+def _custom(loss: LossOfPart) -> Mapping[int, OfDatum]:
+    return loss.custom if isinstance(loss, MixedLoss) else {}
+
+
 def _per_datum(
-    parts: Sequence[Part], logprobs_T: Float32Array, values_T: Float32Array
+    parts: Sequence[Part],
+    logprobs_T: Float32Array,
+    values_T: Float32Array,
+    custom: Mapping[int, OfDatum],
 ) -> list[list[Result]]:
     results: list[list[Result]] = []
     start = 0
     for part in parts:
         results.append([])
         for datum in part.data:
+            said = custom.get(start)
             here = slice(start, start := start + datum.target_tokens.size)
             logprobs = logprobs_T[here].reshape(datum.target_tokens.shape).copy()
-            results[-1].append((logprobs, float(values_T[here].sum(dtype=np.float64))))
+            loss = float(values_T[here].sum(dtype=np.float64)) if said is None else said.loss
+            results[-1].append(Result(logprobs, loss, said))
     return results

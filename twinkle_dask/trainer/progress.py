@@ -5,10 +5,12 @@ from math import isfinite
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.trainer.batch import Part
-from twinkle_dask.trainer.loss_metrics import loss_metrics
+from twinkle_dask.trainer.loss_metrics import custom_metrics, loss_metrics
+from twinkle_dask.trainer.mixed_loss import OfDatum
+from twinkle_dask.trainer.passes import Result
 from twinkle_dask.trainer.run import Run
 from twinkle_dask.trainer.work import Work
-from twinkle_dask.types import Float32Array, ForwardBackward, ForwardBackwardResult
+from twinkle_dask.types import CustomLoss, Float32Array, ForwardBackward, ForwardBackwardResult
 
 
 class Progress:
@@ -24,6 +26,7 @@ class Progress:
         self.gradient = run.new_gradient() if body.backward else None
         self._logprobs: dict[int, Float32Array] = {}
         self._losses: dict[int, float] = {}
+        self._custom: dict[int, OfDatum] = {}
 
     @property
     def done(self) -> bool:
@@ -39,19 +42,29 @@ class Progress:
             data=[self.body.data[row] for row in rows],
         )
 
-    def add(self, row: int, logprobs: Float32Array, loss: float) -> None:
+    def add(self, row: int, result: Result) -> None:
         """Note a row's results.
 
         Raises:
-            InvalidRequest: The loss is not finite.
+            InvalidRequest: The loss is not finite, or a custom loss has failed.
         """
-        if not isfinite(loss):
+        if result.custom is not None:
+            self._add_custom(row, result.custom)
+        if not isfinite(result.loss):
             raise InvalidRequest(
-                f"The loss of datum {row} is {loss}; nothing was added to the run. Look for "
+                f"The loss of datum {row} is {result.loss}; nothing was added to the run. Look for "
                 "extreme values in its inputs, or a learning rate that made the weights diverge."
             )
-        self._logprobs[row] = logprobs
-        self._losses[row] = loss
+        self._logprobs[row] = result.logprobs
+        self._losses[row] = result.loss
+
+    def _add_custom(self, row: int, said: OfDatum) -> None:
+        if said.failure is not None and isinstance(self.body.loss, CustomLoss):
+            raise InvalidRequest(
+                f"Custom loss {self.body.loss.name!r} failed on datum {row}: {said.failure}. "
+                "Nothing was added to the run."
+            )
+        self._custom[row] = said
 
     def finish(self) -> ForwardBackwardResult:
         """Add the gradient to the run and give the result.
@@ -62,7 +75,11 @@ class Progress:
         data = self.body.data
         logprobs = tuple(self._logprobs[row] for row in range(len(data)))
         losses = [self._losses[row] for row in range(len(data))]
-        metrics = loss_metrics(self.body.loss, data, logprobs, losses)
+        if isinstance(self.body.loss, CustomLoss):
+            said = [self._custom[row].metrics for row in range(len(data))]
+            metrics = custom_metrics(data, losses, said)
+        else:
+            metrics = loss_metrics(self.body.loss, data, logprobs, losses)
         if self.gradient is not None:
             self.run.add_gradient(self.gradient)
         return ForwardBackwardResult(logprobs=logprobs, metrics=metrics)

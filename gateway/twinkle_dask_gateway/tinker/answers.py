@@ -9,7 +9,7 @@ from twinkle_dask.errors import RequestError
 from twinkle_dask.operations.values import Done, Failed, Result, Ticket, Waiting
 from twinkle_dask.types import ForwardBackwardResult, SampleResult
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.tinker import codec, codec_json, codec_proto
+from twinkle_dask_gateway.tinker import codec, codec_json, codec_proto, codec_sampling
 from twinkle_dask_gateway.tinker.errors import message_of
 from twinkle_dask_gateway.tinker.reading import PROTOBUF, aside
 
@@ -45,6 +45,16 @@ def failed(outcome: Failed) -> Response:
     return json_answer({"error": message_of(outcome.error), "category": category})
 
 
+def metadata_only(num_bytes: int) -> Response:
+    """The result is there, and so large; the client asks again when it has room."""
+    return json_answer({"status": "complete_metadata", "response_payload_size": num_bytes})
+
+
+def size_of(outcome: Done) -> int:
+    """About how large the answer to a finished request is: its numbers, as protobuf has them."""
+    return _num_bytes(outcome.result)
+
+
 async def done(outcome: Done, request: Request, config: GatewayConfig) -> Response:
     """A result: samples and logprobs as protobuf to whoever accepts it, all else as JSON."""
     result = outcome.result
@@ -57,8 +67,7 @@ async def done(outcome: Done, request: Request, config: GatewayConfig) -> Respon
 
 def _encode(result: ForwardBackwardResult | SampleResult, *, protobuf: bool) -> bytes:
     if isinstance(result, SampleResult):
-        encode = codec_proto.sample_bytes if protobuf else codec_json.sample_json
-        return encode(result)
+        return (codec_sampling.sample_bytes if protobuf else codec_sampling.sample_json)(result)
     encode = codec_proto.forward_backward_bytes if protobuf else codec_json.forward_backward_json
     return encode(result)
 
@@ -68,6 +77,6 @@ def _num_bytes(result: Result) -> int:
         case ForwardBackwardResult():
             return sum(array.nbytes for array in result.logprobs)
         case SampleResult():
-            return sum(s.tokens.nbytes + s.logprobs.nbytes for s in result.sequences)
+            return codec_sampling.num_bytes(result)
         case _:
             return 0

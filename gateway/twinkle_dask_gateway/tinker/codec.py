@@ -1,12 +1,15 @@
 """The core's records and small results to what Tinker clients read."""
 
 from collections.abc import Mapping
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import orjson
 
+from twinkle_dask.operations.events import Completions
 from twinkle_dask.operations.values import (
     CheckpointInfo,
+    CustomLossCreated,
+    Exported,
     Loaded,
     LoraRequest,
     Page,
@@ -16,16 +19,22 @@ from twinkle_dask.operations.values import (
     SamplerSaved,
     Saved,
     SessionInfo,
+    Unloaded,
 )
 from twinkle_dask.store.records import CheckpointKind
 from twinkle_dask.types import StepResult
 from twinkle_dask_gateway.tinker import replies, wire
 from twinkle_dask_gateway.tinker.addresses import format_address
 
+_TYPES: Mapping[CheckpointKind, Literal["training", "sampler", "external"]] = {
+    CheckpointKind.TRAINING: "training",
+    CheckpointKind.SAMPLER: "sampler",
+    CheckpointKind.EXTERNAL: "external",
+}
 
-def lora_of(config: wire.LoraConfig | None) -> LoraRequest:
-    """The adapter that a client asks for; without a wish, the SDK's default."""
-    config = config or wire.LoraConfig()
+
+def lora_of(config: wire.LoraConfig) -> LoraRequest:
+    """The adapter that a client asks for."""
     return LoraRequest(
         rank=config.rank,
         seed=config.seed,
@@ -35,11 +44,22 @@ def lora_of(config: wire.LoraConfig | None) -> LoraRequest:
     )
 
 
-def small_result(result: RunCreated | StepResult | Saved | SamplerSaved | Loaded) -> dict[str, Any]:
+def small_result(
+    result: RunCreated
+    | CustomLossCreated
+    | StepResult
+    | Saved
+    | SamplerSaved
+    | Exported
+    | Loaded
+    | Unloaded,
+) -> dict[str, Any]:
     """A result that every SDK reads as JSON."""
     match result:
         case RunCreated():
             return {"model_id": result.run, "type": "create_model"}
+        case CustomLossCreated():
+            return {"loss_id": result.loss, "type": "create_custom_loss"}
         case StepResult():
             # JSON has no NaN or infinity (orjson writes null), and clients want numbers here.
             finite = {k: v for k, v in result.metrics.items() if abs(v) < float("inf")}
@@ -53,6 +73,15 @@ def small_result(result: RunCreated | StepResult | Saved | SamplerSaved | Loaded
                 "sampling_session_id": result.sampler,
                 "type": "save_weights_for_sampler",
             }
+        case Exported():
+            path = format_address(result.address)
+            return {
+                "path": path,
+                "size_bytes": result.size_bytes,
+                "type": "save_weights_external",
+            }
+        case Unloaded():
+            return {"model_id": result.run, "type": "unload_model"}
         case Loaded():
             path = format_address(result.address)
             return {"path": path, "model_id": result.run, "type": "load_weights"}
@@ -88,10 +117,9 @@ def training_run(run: RunInfo) -> replies.TrainingRun:
 def checkpoint(info: CheckpointInfo) -> replies.Checkpoint:
     """A checkpoint as it is listed."""
     address = info.address
-    training = address.kind is CheckpointKind.TRAINING
     return replies.Checkpoint(
         checkpoint_id=f"{address.kind}/{address.name}",
-        checkpoint_type="training" if training else "sampler",
+        checkpoint_type=_TYPES[address.kind],
         time=info.created_at,
         tinker_path=format_address(address),
         size_bytes=info.size_bytes,
@@ -118,6 +146,21 @@ def sampler(info: SamplerInfo) -> replies.Sampler:
         sampler_id=info.sampler,
         base_model=info.base_model,
         model_path=info.address and format_address(info.address),
+    )
+
+
+def completions(some: Completions) -> replies.FutureCompletions:
+    """What a client that polls for many results learns."""
+    return replies.FutureCompletions(
+        completions=[
+            replies.FutureFailed(request_id=one.ticket)
+            if one.num_bytes is None
+            else replies.FutureFinished(
+                request_id=one.ticket, response_payload_uncompressed_size=one.num_bytes
+            )
+            for one in some.items
+        ],
+        cursor=some.cursor,
     )
 
 

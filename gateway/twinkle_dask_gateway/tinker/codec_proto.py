@@ -2,25 +2,24 @@
 
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import TypeVar, assert_never
+from typing import TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from twinkle_dask.errors import InvalidRequest, NotSupported
-from twinkle_dask.losses import loss_spec
 from twinkle_dask.types import (
+    CustomLoss,
     Datum,
     Float32Array,
     ForwardBackward,
     ForwardBackwardResult,
-    Int32Array,
-    SampleResult,
-    StopReason,
 )
 from twinkle_dask_gateway.tinker import tinker_pb2 as pb
+from twinkle_dask_gateway.tinker.chunks import row_of_protobuf
 from twinkle_dask_gateway.tinker.counting import check_counts
+from twinkle_dask_gateway.tinker.loss_configs import custom_loss_id, loss_of
 from twinkle_dask_gateway.tinker.tensors import Array, Growth, datum_of, dense, sparse
 from twinkle_dask_gateway.tinker.wire.base import MAX_ID_LENGTH
 
@@ -41,49 +40,41 @@ def parse_forward_backward(body: bytes, *, max_data: int) -> pb.ForwardBackwardR
         raise InvalidRequest(
             f"The body ({len(body)} bytes) is not a complete protobuf ForwardBackwardRequest."
         ) from None
-    if not 1 <= len(message.model_id) <= MAX_ID_LENGTH:
-        raise InvalidRequest(f"model_id must have from 1 to {MAX_ID_LENGTH} characters.")
+    if not 1 <= len(message.model_id) <= MAX_ID_LENGTH or "\0" in message.model_id:
+        raise InvalidRequest(
+            f"model_id must have from 1 to {MAX_ID_LENGTH} characters, none of them U+0000."
+        )
     return message
 
 
-def batch_of(message: pb.ForwardBackwardRequest, growth: Growth) -> ForwardBackward:
+def loss_id_of(message: pb.ForwardBackwardRequest) -> str | None:
+    """The custom loss that a batch is under; None if it is under one of ours."""
+    return custom_loss_id(message.loss_fn, _loss_config(message))
+
+
+def batch_of(
+    message: pb.ForwardBackwardRequest, growth: Growth, custom: CustomLoss | None = None
+) -> ForwardBackward:
     """Decode a batch. The arrays may share memory with the message.
+
+    ``custom`` is the loss that ``loss_id_of`` names.
 
     Raises:
         InvalidRequest: Something in it contradicts itself, or the loss is unknown.
-        NotSupported: It holds images or audio.
+        NotSupported: It holds audio, or something else that is not served.
     """
-    loss = loss_spec(message.loss_fn, _loss_config(message))
+    loss = loss_of(message.loss_fn, _loss_config(message), custom)
     data: list[Datum] = []
     for index, datum in enumerate(message.data):
         try:
-            tokens = _tokens_of(datum)
+            row = row_of_protobuf(datum.model_input)
             inputs = {
                 name: _named(name, tensor, growth) for name, tensor in datum.loss_fn_inputs.items()
             }
-            data.append(datum_of(tokens, inputs))
+            data.append(datum_of(row.tokens, inputs, row.images, custom))
         except (InvalidRequest, NotSupported) as error:
             raise type(error)(f"Datum {index}: {error.message}.") from None
     return ForwardBackward(data=tuple(data), loss=loss, backward=not message.forward_only)
-
-
-def _tokens_of(datum: pb.Datum) -> Int32Array:
-    chunks: list[Int32Array] = []
-    for chunk in datum.model_input:
-        kind = chunk.WhichOneof("chunk")
-        if kind == "encoded_text":
-            chunks.append(_numbers(chunk.encoded_text.tokens, np.dtype("<i4"), "tokens"))
-        elif kind is None:
-            raise InvalidRequest("a chunk of model_input is empty")
-        else:
-            raise NotSupported(f"chunks of kind {kind!r} are not supported; send encoded_text")
-    match chunks:
-        case []:
-            return np.empty(0, np.int32)
-        case [only]:
-            return only
-        case _:
-            return np.concatenate(chunks)
 
 
 def _named(name: str, tensor: pb.Tensor, growth: Growth) -> Array:
@@ -129,14 +120,18 @@ def _numbers(data: bytes, dtype: np.dtype[_T], what: str) -> NDArray[_T]:
     return np.frombuffer(data, dtype)
 
 
-def _loss_config(message: pb.ForwardBackwardRequest) -> dict[str, float]:
+def _loss_config(message: pb.ForwardBackwardRequest) -> dict[str, float | str]:
     if not message.loss_fn_config_v2:
         return dict(message.loss_fn_config)
-    config: dict[str, float] = {}
+    config: dict[str, float | str] = {}
     for name, value in message.loss_fn_config_v2.items():
-        if value.WhichOneof("value") != "number":
-            raise InvalidRequest(f"Setting {name[:60]!r} of the loss must be a number.")
-        config[name] = value.number
+        match value.WhichOneof("value"):
+            case "number":
+                config[name] = value.number
+            case "text":
+                config[name] = value.text
+            case _:
+                raise InvalidRequest(f"Setting {name[:60]!r} of the loss has no value.")
     return config
 
 
@@ -164,29 +159,5 @@ def forward_backward_bytes(result: ForwardBackwardResult) -> bytes:
     return message.SerializeToString()
 
 
-def sample_bytes(result: SampleResult) -> bytes:
-    """Encode a result."""
-    message = pb.SampleResponse()
-    for sequence in result.sequences:
-        message.sequences.add(
-            stop_reason=_stop_reason(sequence.stop_reason),
-            tokens=sequence.tokens.astype("<i4", copy=False).tobytes(),
-            logprobs=_float32_bytes(sequence.logprobs),
-        )
-    if result.prompt_logprobs is not None:
-        message.prompt_logprobs = _float32_bytes(result.prompt_logprobs)
-    return message.SerializeToString()
-
-
 def _float32_bytes(array: Float32Array) -> bytes:
     return array.astype("<f4", copy=False).tobytes()
-
-
-def _stop_reason(reason: StopReason) -> pb.StopReason:
-    match reason:
-        case StopReason.STOP:
-            return pb.STOP_REASON_STOP
-        case StopReason.LENGTH:
-            return pb.STOP_REASON_LENGTH
-        case _:
-            assert_never(reason)

@@ -27,6 +27,7 @@ STATUS: Mapping[type[errors.TwinkleDaskError], int] = {
     errors.OutOfOrder: 400,
     errors.SessionEnded: 400,  # 410 only on the heartbeat, whose loop it ends
     errors.NotAuthenticated: 401,
+    errors.TokenRejected: 401,
     errors.NotPermitted: 403,
     errors.NotFound: 404,
     errors.CheckpointCorrupt: 422,  # ours, but asking again will not help
@@ -49,6 +50,7 @@ class TinkerRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
+                _check_address(request)
                 return await handle(request)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_LEFT)
@@ -66,6 +68,12 @@ class TinkerRoute(APIRoute):
         return answer
 
 
+def _check_address(request: Request) -> None:
+    """Refuse what no database takes as text, wherever in an address it is."""
+    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+        raise errors.InvalidRequest("An address must not hold the character U+0000.")
+
+
 def error_response(error: errors.TwinkleDaskError, status: int | None = None) -> Response:
     """Answer a failure: ``{"detail": message}``.
 
@@ -75,6 +83,9 @@ def error_response(error: errors.TwinkleDaskError, status: int | None = None) ->
     """
     status = status or STATUS.get(type(error), 500)
     headers: dict[str, str] = {}
+    if isinstance(error, errors.TokenRejected):
+        # Tells the SDK to exchange its key for a new token and to send the request again.
+        headers["www-authenticate"] = 'Bearer error="invalid_token"'
     if isinstance(error, errors.CapacityError):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     return _detail(status, message_of(error), headers)

@@ -4,36 +4,41 @@ from fastapi import APIRouter, Request, Response
 
 from twinkle_dask.types import SamplerId, SessionId
 from twinkle_dask_gateway.auth import TenantDep
-from twinkle_dask_gateway.deps import ServiceDep
-from twinkle_dask_gateway.tinker import codec, codec_json, replies, wire
+from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
+from twinkle_dask_gateway.tinker import codec, codec_sampling, replies, wire
 from twinkle_dask_gateway.tinker.addresses import parse_address
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.reading import read
+from twinkle_dask_gateway.tinker.openapi import gives, takes
+from twinkle_dask_gateway.tinker.reading import aside, read
 
 routes = APIRouter(route_class=TinkerRoute)
 
 
-@routes.post("/asample")
-async def asample(request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
+@routes.post("/asample", openapi_extra=takes(wire.Sample), responses=gives(replies.Promise))
+async def asample(
+    request: Request, service: ServiceDep, tenant: TenantDep, config: ConfigDep
+) -> Response:
     """Draw continuations of a prompt."""
     body = await read(request, wire.Sample)
+    size = len(await request.body())
+    asked = await aside(size, config, lambda: codec_sampling.sample_request_of(body))
     ticket = await service.sampling.sample(
         tenant,
         SamplerId(body.sampling_session_id),
         seq=body.seq_id,
-        request=codec_json.sample_request_of(body),
+        request=asked,
     )
     return promise(ticket)
 
 
-@routes.post("/create_sampling_session")
+@routes.post("/create_sampling_session", openapi_extra=takes(wire.CreateSamplingSession))
 async def create_sampling_session(
     request: Request, service: ServiceDep, tenant: TenantDep
 ) -> replies.SamplingSessionCreated:
     """A sampler over a base model or a checkpoint; the checkpoint wins where both are named."""
     body = await read(request, wire.CreateSamplingSession)
-    sampler = await service.sampling.create(
+    sampler = await service.samplers.create(
         tenant,
         SessionId(body.session_id),
         seq=body.sampling_session_seq_id,
@@ -43,7 +48,17 @@ async def create_sampling_session(
     return replies.SamplingSessionCreated(sampling_session_id=sampler.sampler)
 
 
+@routes.post("/join_sampling_session", openapi_extra=takes(wire.JoinSamplingSession))
+async def join_sampling_session(
+    request: Request, service: ServiceDep, tenant: TenantDep
+) -> replies.SamplingSessionJoined:
+    """A number for a copy of a sampling client, so that its samples are told apart."""
+    body = await read(request, wire.JoinSamplingSession)
+    number = await service.samplers.join(tenant, SamplerId(body.sampling_session_id))
+    return replies.SamplingSessionJoined(client_counter=number)
+
+
 @routes.get("/samplers/{sampler}")
 async def get_sampler(sampler: str, service: ServiceDep, tenant: TenantDep) -> replies.Sampler:
     """What a sampler samples from."""
-    return codec.sampler(await service.sampling.info(tenant, SamplerId(sampler)))
+    return codec.sampler(await service.samplers.info(tenant, SamplerId(sampler)))

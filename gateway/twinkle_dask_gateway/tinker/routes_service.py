@@ -9,6 +9,7 @@ from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
 from twinkle_dask_gateway.tinker import replies, wire
 from twinkle_dask_gateway.tinker.answers import json_answer
 from twinkle_dask_gateway.tinker.errors import TinkerRoute, error_response
+from twinkle_dask_gateway.tinker.openapi import gives, takes
 from twinkle_dask_gateway.tinker.reading import read
 
 open_routes = APIRouter(route_class=TinkerRoute)
@@ -24,7 +25,12 @@ async def healthz() -> replies.Status:
 @routes.post("/client/config")
 async def client_config(config: ConfigDep) -> replies.ClientConfig:
     """The first thing every client asks, with its raw key."""
-    return replies.ClientConfig(proto_compress_fwdbwd=config.compress_forward_backward)
+    return replies.ClientConfig(
+        pjwt_auth_enabled=config.tokens,
+        proto_compress_fwdbwd=config.compress_forward_backward,
+        custom_loss_server_side=config.custom_losses,
+        sample_use_retrieve_futures=config.multiplex_polls,
+    )
 
 
 @routes.post("/client/dynamic_config")
@@ -48,16 +54,16 @@ async def get_server_capabilities(service: ServiceDep) -> replies.Capabilities:
     )
 
 
-@routes.post("/telemetry")
+@routes.post("/telemetry", openapi_extra=takes(required=False))
 async def telemetry(request: Request) -> replies.Status:
     """Taken and dropped, and fast: clients wait for it before they raise any error."""
     await request.body()
     return replies.Status(status="accepted")
 
 
-@routes.post("/create_session")
+@routes.post("/create_session", openapi_extra=takes(wire.CreateSession))
 async def create_session(
-    request: Request, service: ServiceDep, tenant: TenantDep
+    request: Request, service: ServiceDep, tenant: TenantDep, config: ConfigDep
 ) -> replies.SessionCreated:
     """Open a session; the client numbers nothing here, so its idempotency key tells a repeat."""
     body = await read(request, wire.CreateSession)
@@ -70,10 +76,19 @@ async def create_session(
         sdk_version=body.sdk_version,
         idempotency_key=request.headers.get("x-idempotency-key"),
     )
-    return replies.SessionCreated(session_id=session)
+    return replies.SessionCreated(
+        session_id=session,
+        info_message=config.info_message,
+        warning_message=config.warning_message,
+        error_message=config.error_message,
+    )
 
 
-@routes.post("/session_heartbeat")
+@routes.post(
+    "/session_heartbeat",
+    openapi_extra=takes(wire.Heartbeat),
+    responses=gives(replies.HeartbeatTaken, also={410: replies.Failure}),
+)
 async def session_heartbeat(request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
     """Keep a session alive. 410 ends the client's loop quietly."""
     body = await read(request, wire.Heartbeat)
@@ -84,7 +99,7 @@ async def session_heartbeat(request: Request, service: ServiceDep, tenant: Tenan
     return json_answer({"type": "session_heartbeat"})
 
 
-@routes.post("/sessions/{session}/finish")
+@routes.post("/sessions/{session}/finish", openapi_extra=takes(wire.FinishSession))
 async def finish_session(
     session: str, request: Request, service: ServiceDep, tenant: TenantDep
 ) -> replies.Empty:

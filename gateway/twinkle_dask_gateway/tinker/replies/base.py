@@ -9,6 +9,12 @@ class Reply(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
+class Failure(Reply):
+    """Every answer with status 4xx or 5xx."""
+
+    detail: str
+
+
 class Status(Reply):
     """``healthz``, ``telemetry``."""
 

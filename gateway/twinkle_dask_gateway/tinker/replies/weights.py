@@ -21,7 +21,7 @@ class Checkpoint(Reply):
     """One checkpoint; its id is kind and name."""
 
     checkpoint_id: str
-    checkpoint_type: Literal["training", "sampler"]
+    checkpoint_type: Literal["training", "sampler", "external"]
     time: datetime
     tinker_path: str
     size_bytes: int
@@ -35,3 +35,16 @@ class Checkpoints(Reply):
 
     checkpoints: list[Checkpoint]
     cursor: Cursor | None = None
+
+
+class WeightsCopied(Reply):
+    """``copy_weights``."""
+
+    tinker_path: str
+
+
+class ExternalWeightsUrls(Reply):
+    """Where the files of exported weights can be fetched without a key, until ``expires``."""
+
+    urls: dict[str, str]
+    expires: datetime

@@ -15,7 +15,8 @@ from twinkle_dask_gateway.tinker.wire.batches import (
     ForwardBackward,
     ForwardBackwardInput,
 )
-from twinkle_dask_gateway.tinker.wire.futures import TicketQuery
+from twinkle_dask_gateway.tinker.wire.custom_losses import CreateCustomLoss
+from twinkle_dask_gateway.tinker.wire.futures import RetrieveFuture, RetrieveFutures, TicketQuery
 from twinkle_dask_gateway.tinker.wire.runs import (
     AdamParams,
     CreateModel,
@@ -24,17 +25,29 @@ from twinkle_dask_gateway.tinker.wire.runs import (
     OptimizerConfig,
     OptimStep,
 )
-from twinkle_dask_gateway.tinker.wire.sampling import CreateSamplingSession, Sample, SamplingParams
+from twinkle_dask_gateway.tinker.wire.sampling import (
+    CreateSamplingSession,
+    JoinSamplingSession,
+    Sample,
+    SamplingParams,
+)
 from twinkle_dask_gateway.tinker.wire.sessions import (
+    AssignProject,
     CreateSession,
     FinishReason,
     FinishSession,
     Heartbeat,
+    SearchCursor,
+    SearchOwner,
+    SearchSessions,
+    SessionStatusQuery,
 )
 from twinkle_dask_gateway.tinker.wire.values import ModelInput, TensorData
 from twinkle_dask_gateway.tinker.wire.weights import (
+    CopyWeights,
     LoadWeights,
     SaveWeights,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     SetTtl,
     WeightsQuery,
@@ -45,6 +58,9 @@ __all__ = [
     "MAX_RUN_SEQ",
     "AdamParams",
     "Asked",
+    "AssignProject",
+    "CopyWeights",
+    "CreateCustomLoss",
     "CreateModel",
     "CreateSamplingSession",
     "CreateSession",
@@ -56,18 +72,26 @@ __all__ = [
     "ForwardBackwardInput",
     "Heartbeat",
     "Id",
+    "JoinSamplingSession",
     "LoadWeights",
     "LoraConfig",
     "ModelInput",
     "ModelQuery",
     "OptimStep",
     "OptimizerConfig",
+    "RetrieveFuture",
+    "RetrieveFutures",
     "RunSeq",
     "Sample",
     "SamplingParams",
     "SaveWeights",
+    "SaveWeightsExternal",
     "SaveWeightsForSampler",
+    "SearchCursor",
+    "SearchOwner",
+    "SearchSessions",
     "Seq",
+    "SessionStatusQuery",
     "SetTtl",
     "TensorData",
     "TicketQuery",

@@ -8,25 +8,25 @@ one that was put. Old clients leave the ``type`` tags out: nothing here requires
 
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 _HINTS = {
-    "topk_prompt_logprobs": "Leave it 0; prompt_logprobs scores the prompt's own tokens.",
-    "topk_sample_logprobs": "Leave it 0; sampled tokens carry their own logprob.",
-    "target_prompt_logprobs": "Leave it out; a forward pass with these target_tokens scores them.",
-    "prompt_alt_tokens_k": "Leave it 0.",
-    "prompt_logprobs_last_n": "Leave it out and cut the answer on your side.",
-    "record_stability_info": "Leave it false; stable_reinforce takes the sampled logprobs here.",
     "base_model": "Create a sampling session for the model and sample from that.",
     "model_path": "Create a sampling session for the checkpoint and sample from that.",
     "optimizer_params": "The optimizer is AdamW; send adam_params.",
-    "weights_access_token": "Use the key of the tenant that owns the weights.",
-    "age_encryption_recipients": "Leave it out.",
 }
 
+# What an unknown field may be, in the words of JSON schema.
+_NOTHING: list[JsonValue] = [None, False, 0, "", [], {}]
 MAX_ID_LENGTH = 256
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
+# What the document says of these is held by ``addresses`` and ``operations.validation``.
+Address = Annotated[str, Field(json_schema_extra={"pattern": "^tinker://[^/]+/[a-z_]+/[^/]+$"})]
+CheckpointName = Annotated[
+    str, Field(json_schema_extra={"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$", "maxLength": 128})
+]
+TtlS = Annotated[int, Field(json_schema_extra={"minimum": 3600, "maximum": 315_360_000})]
 MAX_RUN_SEQ = 2**31 - 1  # protobuf has no more
 RunSeq = Annotated[int, Field(ge=0, le=MAX_RUN_SEQ)]
 
@@ -39,6 +39,8 @@ class Told(BaseModel):
 
 class Asked(Told):
     """A message that asks for something; see the module's first lines."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": _NOTHING}})
 
     type: Any = None
 

@@ -1,9 +1,10 @@
 """``forward_backward`` in JSON, as SDKs before 0.25 send it."""
 
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from twinkle_dask.types import LossName
 from twinkle_dask_gateway.tinker.counting import check_num_data
 from twinkle_dask_gateway.tinker.wire.base import Asked, Id, RunSeq
 from twinkle_dask_gateway.tinker.wire.values import ModelInput, TensorData
@@ -22,7 +23,7 @@ class ForwardBackwardInput(Asked):
     """A batch and its loss."""
 
     data: list[Datum]
-    loss_fn: str
+    loss_fn: Annotated[str, Field(json_schema_extra={"enum": [*LossName]})]
     loss_fn_config: dict[str, float | str] | None = None
 
     @field_validator("data", mode="before")

@@ -2,9 +2,14 @@
 
 from typing import Any, cast
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from twinkle_dask_gateway.tinker.wire.base import Asked, Id, RunSeq, Seq
+
+_FULL = (
+    "training of all parameters is not supported. This server trains LoRA adapters; give a "
+    "lora_config with a rank, for example 32."
+)
 
 
 class LoraConfig(Asked):
@@ -15,6 +20,13 @@ class LoraConfig(Asked):
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _an_adapter(cls, rank: Any) -> Any:
+        if rank is None:
+            raise ValueError(_FULL)
+        return rank
 
 
 class OptimizerConfig(Asked):
@@ -43,8 +55,15 @@ class CreateModel(Asked):
     model_seq_id: Seq
     base_model: str
     user_metadata: dict[str, Any] | None = None
-    lora_config: LoraConfig | None = None
+    lora_config: LoraConfig
     optimizer_config: OptimizerConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_an_adapter(cls, body: Any) -> Any:
+        if isinstance(body, dict) and cast(dict[str, Any], body).get("lora_config") is None:
+            raise ValueError(_FULL)
+        return cast(Any, body)
 
 
 class ModelQuery(Asked):

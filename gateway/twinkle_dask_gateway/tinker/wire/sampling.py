@@ -2,8 +2,8 @@
 
 from pydantic import model_validator
 
-from twinkle_dask_gateway.tinker.wire.base import Asked, Id, Seq
-from twinkle_dask_gateway.tinker.wire.values import ModelInput
+from twinkle_dask_gateway.tinker.wire.base import Address, Asked, Id, Seq
+from twinkle_dask_gateway.tinker.wire.values import ModelInput, TensorData
 
 
 class CreateSamplingSession(Asked):
@@ -12,13 +12,19 @@ class CreateSamplingSession(Asked):
     session_id: Id
     sampling_session_seq_id: Seq
     base_model: str | None = None
-    model_path: str | None = None
+    model_path: Address | None = None
 
     @model_validator(mode="after")
     def _something_to_sample_from(self) -> "CreateSamplingSession":
         if self.base_model is None and self.model_path is None:
             raise ValueError("give base_model or model_path")
         return self
+
+
+class JoinSamplingSession(Asked):
+    """``POST join_sampling_session``."""
+
+    sampling_session_id: Id
 
 
 class SamplingParams(Asked):
@@ -41,3 +47,9 @@ class Sample(Asked):
     prompt: ModelInput
     sampling_params: SamplingParams
     prompt_logprobs: bool | None = None
+    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: int | None = 0
+    topk_sample_logprobs: int | None = 0
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: int | None = 0
+    record_stability_info: bool | None = False

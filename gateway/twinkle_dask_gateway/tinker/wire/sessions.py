@@ -1,8 +1,10 @@
 """Bodies about the service and its sessions."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from twinkle_dask_gateway.tinker.wire.base import Id, Told
+from pydantic import AwareDatetime, Field
+
+from twinkle_dask_gateway.tinker.wire.base import Asked, Id, Told
 
 
 class CreateSession(Told):
@@ -32,3 +34,45 @@ class FinishSession(Told):
 
     reason: FinishReason
     detail: str | None = None
+
+
+class AssignProject(Asked):
+    """``PUT sessions/{id}/project``."""
+
+    project_id: Id
+
+
+class SearchOwner(Asked):
+    """Whose sessions; addresses of owners only with the type ``user``."""
+
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: Annotated[list[Id], Field(min_length=1, max_length=10)] | None = None
+
+
+class SessionStatusQuery(Told):
+    """One of the states that a session may be in."""
+
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: (
+        Annotated[list[Literal["success", "errored", "interrupted"]], Field(min_length=1)] | None
+    ) = None
+
+
+class SearchCursor(Told):
+    """Where a page begins, as the page before said."""
+
+    last_created_at: AwareDatetime
+    last_session_id: Id
+
+
+class SearchSessions(Asked):
+    """``POST sessions/search``."""
+
+    session_id: Id | None = None
+    project_ids: Annotated[list[Id], Field(max_length=1000)] | None = None
+    user_metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    display_name: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    owner: SearchOwner = SearchOwner()
+    statuses: Annotated[list[SessionStatusQuery], Field(min_length=1, max_length=100)] | None = None
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    cursor: SearchCursor | None = None

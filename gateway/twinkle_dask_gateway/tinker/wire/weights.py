@@ -1,20 +1,31 @@
 """Bodies that save, load and describe checkpoints."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from twinkle_dask_gateway.tinker.wire.base import Asked, Id, RunSeq, Seq
+from twinkle_dask_gateway.tinker.wire.base import (
+    Address,
+    Asked,
+    CheckpointName,
+    Id,
+    RunSeq,
+    Seq,
+    TtlS,
+)
 from twinkle_dask_gateway.tinker.wire.runs import OptimizerConfig
+
+#: The key of another account, or a token for it, that may read the weights.
+Token = Annotated[str | None, Field(max_length=8192, repr=False)]
 
 
 class SaveWeights(Asked):
     """``POST save_weights``."""
 
     model_id: Id
-    path: str
+    path: CheckpointName
     seq_id: RunSeq | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: TtlS | None = None
     overwrite: bool = False
     user_metadata: dict[str, Any] | None = None
 
@@ -23,22 +34,30 @@ class SaveWeightsForSampler(Asked):
     """``POST save_weights_for_sampler``: under a name, or into a new sampler."""
 
     model_id: Id
-    path: str | None = None
+    path: CheckpointName | None = None
     sampling_session_seq_id: Seq | None = None
-    kind: str | None = "snapshot"
+    kind: Literal["snapshot", "inflight"] | None = "snapshot"
     seq_id: RunSeq | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: TtlS | None = None
     user_metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one_place_for_a_snapshot(self) -> "SaveWeightsForSampler":
-        if self.kind not in {None, "snapshot"}:
-            raise ValueError(
-                "kind: only 'snapshot' is supported. Save again when newer weights are wanted."
-            )
+    def _one_place(self) -> "SaveWeightsForSampler":
         if (self.path is None) == (self.sampling_session_seq_id is None):
             raise ValueError("give either path or sampling_session_seq_id")
+        if self.kind == "inflight" and self.path is not None:
+            raise ValueError("path: inflight weights have none; give sampling_session_seq_id")
         return self
+
+
+class SaveWeightsExternal(Asked):
+    """``POST save_weights_external``: PEFT's files, encrypted for recipients if there are any."""
+
+    model_id: Id
+    path: CheckpointName
+    seq_id: RunSeq | None = None
+    ttl_seconds: TtlS | None = None
+    age_encryption_recipients: list[str] | None = None
 
 
 class LoadWeights(Asked):
@@ -50,18 +69,39 @@ class LoadWeights(Asked):
     model_seq_id: Seq | None = None
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
-    path: str
+    path: Address
     optimizer: bool = False
     optimizer_config: OptimizerConfig | None = None
+    weights_access_token: Token = None
+
+
+class CopyWeights(Asked):
+    """``POST copy_weights``: into a project, or into a session at a place among its runs."""
+
+    source_path: Address
+    destination_project_id: str | None = None
+    session_id: Id | None = None
+    model_seq_id: RunSeq | None = None
+    ttl_seconds: TtlS | None = None
+    weights_access_token: Token = None
+
+    @model_validator(mode="after")
+    def _one_destination(self) -> "CopyWeights":
+        into_session = self.session_id is not None
+        if into_session != (self.model_seq_id is not None):
+            raise ValueError("give session_id and model_seq_id together")
+        if into_session == bool(self.destination_project_id):
+            raise ValueError("give either destination_project_id, or session_id and model_seq_id")
+        return self
 
 
 class WeightsQuery(Asked):
     """``weights_info``."""
 
-    tinker_path: str
+    tinker_path: Address
 
 
 class SetTtl(Asked):
     """``PUT .../ttl``; null removes it."""
 
-    ttl_seconds: int | None
+    ttl_seconds: TtlS | None
