@@ -68,6 +68,7 @@ class LimitConfig(Settings):
         max_images: Most images in one request.
         max_image_bytes: Largest image, as a file.
         max_image_pixels: Largest image, as width times height.
+        max_request_pixels: All images of one request together.
         max_queued_operations: Operations waiting in one run.
         max_queued_bytes: Of requests that wait or are in progress, per tenant.
         max_runs: Runs of sessions that are alive, per tenant.
@@ -84,7 +85,8 @@ class LimitConfig(Settings):
     max_answer_bytes: int = Field(default=64 * 2**20, gt=0)
     max_images: int = Field(default=1024, gt=0)
     max_image_bytes: int = Field(default=16 * 2**20, gt=0)
-    max_image_pixels: int = Field(default=2**24, gt=0, le=2**26)
+    max_image_pixels: int = Field(default=2**22, gt=0, le=2**26)
+    max_request_pixels: int = Field(default=2**26, gt=0)
     max_queued_operations: int = Field(default=4096, gt=0)
     max_queued_bytes: int = Field(default=2 * 2**30, gt=0)
     max_runs: int = Field(default=4096, gt=0)

@@ -307,7 +307,7 @@ BAD_NAMES = ["a/b", "..", "a/../b", "", "x" * 129, "a b", ".hidden", "-x", "a\n"
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_bad_checkpoint_name_is_refused(run: tinker.TrainingClient, name: str) -> None:
     for save in (run.save_state, run.save_weights_for_sampler):
-        with pytest.raises(tinker.BadRequestError, match="heckpoint name"):
+        with pytest.raises(tinker.BadRequestError, match=r"heckpoint name|U\+0000"):
             save(name).result()
 
 

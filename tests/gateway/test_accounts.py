@@ -106,6 +106,7 @@ async def test_searches(
         {"statuses": [{"type": "x"}]},
         {"owner": {"type": "x"}},
         {"cursor": {"last_created_at": "2026-11-23T12:00:00", "last_session_id": "s"}},
+        {"cursor": {"last_created_at": "0001-01-01T00:00:00+01:00", "last_session_id": "s"}},
         {"tags": ["x"]},
     ],
     ids=str,

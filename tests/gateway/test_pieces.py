@@ -61,3 +61,9 @@ def test_an_error_names_its_place() -> None:
     with pytest.raises(orjson.JSONDecodeError) as error:
         load(broken, 64)
     assert error.value.pos == len(document) - 3
+
+
+@pytest.mark.parametrize("text", ["[   ]", '{\n   "a": [\t\n  ], "b" : {    }}', "[[ \n  ]]"])
+def test_nothing_but_spaces_is_an_empty_container(text: str) -> None:
+    for piece_bytes in range(1, 6):
+        assert load(text.encode(), piece_bytes) == orjson.loads(text)

@@ -4,10 +4,12 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI, Request
 
 from tests.gateway.test_codec_proto import TARGETS, one_datum, sdk_body
 from tests.gateway.test_limits import PROTO
-from twinkle_dask_gateway.tinker.reading import let_go
+from twinkle_dask_gateway.config import GatewayConfig
+from twinkle_dask_gateway.tinker.reading import let_go, size_of
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,16 @@ def test_large_values_are_taken_to_pieces() -> None:
     let_go(value, [object()])
     assert value == {}
     assert data == numbers == texts == []
+
+
+@pytest.mark.parametrize(("encoding", "size"), [(b"", 4), (b"identity", 4), (b"zstd", 1000)])
+async def test_a_compressed_body_counts_as_a_large_one(encoding: bytes, size: int) -> None:
+    app = FastAPI()
+    app.state.config = GatewayConfig(max_decoded_bytes=1000)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"abcd"}
+
+    headers = [(b"content-encoding", encoding)]
+    scope: dict[str, Any] = {"type": "http", "headers": headers, "app": app}
+    assert await size_of(Request(scope, receive)) == size

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.operations.values import CheckpointAddress
@@ -21,6 +21,7 @@ SAMPLE: Body = {
 }
 CREATE: Body = {"session_id": "s", "model_seq_id": 0, "base_model": "m", "lora_config": {}}
 SAVE: Body = {"model_id": "m", "sampling_session_seq_id": 0}
+SAMPLER: Body = {"session_id": "s", "base_model": "m"}
 LOAD: Body = {"model_id": "m", "path": "tinker://r/weights/n"}
 STEP: Body = {"model_id": "m", "adam_params": {}}
 
@@ -29,6 +30,38 @@ def test_a_newer_clients_idle_fields_are_let_by() -> None:
     idle: Body = {"someday": None, "count": 0, "flag": False, "names": [], "more": {}, "text": ""}
     check(wire.Sample, SAMPLE | idle)
     check(wire.OptimStep, {"model_id": "m", "adam_params": idle, "type": "optim_step"})
+
+
+def with_datum(**fields: Any) -> Body:
+    datum: Body = {"model_input": {"chunks": []}, "loss_fn_inputs": {}, **fields}
+    return {"model_id": "m", "forward_backward_input": {"data": [datum], "loss_fn": "ppo"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "field"),
+    [
+        (wire.Sample, SAMPLE | {"prompt": {"chunks": [1] * 10_000}}, "prompt.chunks.0"),
+        (wire.Sample, SAMPLE | {"sampling_params": {"stop": [1.5] * 10_000}}, "stop"),
+        (
+            wire.ForwardBackward,
+            with_datum(loss_fn_inputs=dict.fromkeys(map(str, range(10_000)))),
+            "64 fields",
+        ),
+    ],
+)
+def test_of_many_wrong_items_few_are_looked_at(
+    model: type[BaseModel], body: Body, field: str
+) -> None:
+    """A report on each would keep the interpreter's lock for seconds."""
+    with pytest.raises(ValidationError, match=field) as refusal:
+        model.model_validate(body)
+    assert refusal.value.error_count() < 10
+
+
+def test_spans_are_taken_in_protobuf_only() -> None:
+    check(wire.ForwardBackward, with_datum(model_input_spans=None))
+    with pytest.raises(InvalidRequest, match="model_input_spans"):
+        check(wire.ForwardBackward, with_datum(model_input_spans=[{"sequence_id": "a-0"}]))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +112,24 @@ def test_places_are_numbers_of_so_many_bits(
         with pytest.raises(InvalidRequest, match="seq_id"):
             check(model, body | {"seq_id": wrong})
     assert check(model, body | {"seq_id": 2**bits - 1}).seq_id == 2**bits - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "field"),
+    [
+        (wire.CreateModel, CREATE, "model_seq_id"),
+        (wire.LoadWeights, LOAD, "model_seq_id"),
+        (wire.SaveWeightsForSampler, SAVE, "sampling_session_seq_id"),
+        (wire.CreateSamplingSession, SAMPLER, "sampling_session_seq_id"),
+    ],
+)
+def test_what_a_session_counts_has_31_bits(
+    model: type[BaseModel], body: dict[str, Any], field: str
+) -> None:
+    for wrong in (-1, 2**31):
+        with pytest.raises(InvalidRequest, match=field):
+            check(model, body | {field: wrong})
+    check(model, body | {field: 2**31 - 1})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -134,6 +134,28 @@ def test_an_image_looks_the_same_whoever_looks(family: tuple[Path, BaseModel]) -
     assert not torch.equal(both[other.data], first)
 
 
+def test_what_is_kept_for_one_tenant_is_not_used_for_another(
+    family: tuple[Path, BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the time of an answer would tell who else has an image."""
+    _, base = family
+    assert base.vision is not None
+    image, looked = image_of(base, encoded_image(7)), 0
+    look = base.vision.look
+
+    def counted(decoded: PilImage.Image) -> torch.Tensor:
+        nonlocal looked
+        looked += 1
+        return look(decoded)
+
+    monkeypatch.setattr(base.vision, "look", counted)
+    mine = [base.look([[image]], "me")[image.data] for _ in range(2)]
+    assert looked == 1
+    theirs = base.look([[image]], "them")[image.data]
+    assert looked == 2
+    assert torch.equal(mine[0], theirs)
+
+
 def test_a_damaged_image_is_the_senders_fault(family: tuple[Path, BaseModel]) -> None:
     _, base = family
     whole = encoded_image(1, size=(200, 200))

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from twinkle_dask import packing
-from twinkle_dask.cluster.commands import Command, ExportFolder, FolderSaved, Sample, SaveFolder
+from twinkle_dask.cluster.commands import (
+    Command,
+    ExportFolder,
+    FolderSaved,
+    LoadFolder,
+    Sample,
+    SaveFolder,
+)
 from twinkle_dask.config import JournalConfig, ModelConfig, ServiceConfig
+from twinkle_dask.errors import StorageFailed
 from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
@@ -58,6 +66,7 @@ class Host:
     """Does nothing, successfully; while ``open`` is not set, it does not answer.
 
     While ``drawing`` is not set, it does not answer to samples; without ``up`` it is not there.
+    Without ``snapshots`` it writes none.
     """
 
     blobs: BlobStore
@@ -67,6 +76,7 @@ class Host:
     open: asyncio.Event = field(default_factory=asyncio.Event)
     drawing: asyncio.Event = field(default_factory=asyncio.Event)
     up: asyncio.Event = field(default_factory=asyncio.Event)
+    snapshots: bool = True
     commands: list[object] = field(default_factory=list[object])
 
     def send(self, command: Command) -> "asyncio.Future[bytes]":
@@ -76,7 +86,12 @@ class Host:
 
     async def _answer(self, body: object) -> bytes:
         await self.open.wait()
+        await asyncio.sleep(0)  # never before whoever sent it waits for it
         match body:
+            case SaveFolder() if body.folder.startswith("snapshots/") and not self.snapshots:
+                raise StorageFailed("The disk is full.")
+            case LoadFolder() if not self.blobs.names(body.folder):
+                raise StorageFailed("There is no such folder.")
             case SaveFolder() | ExportFolder():
                 self.blobs.put_folder(body.folder, {"state.json": b"{}"}, overwrite=True)
                 return packing.pack(FolderSaved(num_bytes=2))

@@ -9,21 +9,28 @@ import pytest
 
 from tests.operations.parts import ANN, MODEL, Parts, open_parts
 from twinkle_dask.clock import utc_now
-from twinkle_dask.errors import InvalidRequest, NotFound, StorageFailed
+from twinkle_dask.errors import InvalidRequest, NotFound, ServiceFault, StorageFailed
 from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.copying import Copying
 from twinkle_dask.operations.downloads import ARCHIVE, Downloads
 from twinkle_dask.operations.lanes import Lane
-from twinkle_dask.operations.requests import LaneRequest, SaveExternal, SaveState
+from twinkle_dask.operations.requests import (
+    LaneRequest,
+    SaveExternal,
+    SaveForSampler,
+    SaveState,
+    load_of,
+)
 from twinkle_dask.operations.values import (
     CheckpointAddress,
+    Failed,
     LoraRequest,
     ServedModel,
     Tenant,
     Ticket,
 )
 from twinkle_dask.store.records import CheckpointKind, RunPhase
-from twinkle_dask.types import AdamParams, OptimStep, RunId, TenantId
+from twinkle_dask.types import AdamParams, OptimStep, RunId, SamplerId, TenantId
 
 BOB = Tenant(id=TenantId("bob"), name="Bob", key_hint="5678")
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 9}
@@ -124,6 +131,96 @@ async def test_what_has_expired_goes_and_says_so(parts: Parts) -> None:
     assert parts.files("checkpoints") == []
     assert await parts.store.checkpoints.expired(utc_now()) == ()
     assert await events(parts) == ["created", "expired"]
+
+
+async def test_a_broken_off_deletion_is_in_the_audit_trail(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await a_run(parts)
+    deleted, _expired = await save(parts, run), await save(parts, run, "old")
+    await parts.store.checkpoints.set_expiry("old0", utc_now())
+
+    def refuse(_path: str) -> None:
+        raise StorageFailed("the disk refuses")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.blobs, "remove", refuse)
+        with pytest.raises(StorageFailed):
+            await parts.checkpoints.delete(ANN, deleted)
+        await parts.upkeep.tidy()
+    await parts.upkeep.tidy()
+    assert await events(parts) == ["created", "created", "deleted", "expired"]
+    assert parts.files("checkpoints") == []
+
+
+async def test_what_cannot_be_removed_does_not_stop_the_tidying(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await parts.a_session()
+    run = await parts.a_run(session)
+    for number in range(2):
+        request = SaveForSampler(
+            name=None,
+            sampler=SamplerId(f"{session}:sample:{number}"),
+            sampler_seq=number,
+            ttl_s=None,
+            user_metadata={},
+            checkpoint_id=f"w{number}",
+            folder=f"checkpoints/{run}/w{number}",
+        )
+        await parts.done((await submit(parts, run, request)).id)
+    await parts.end(session)
+    remove = parts.blobs.remove
+
+    def refuse(path: str) -> None:
+        if path.endswith("/w0"):
+            raise StorageFailed("the disk refuses")
+        remove(path)
+
+    monkeypatch.setattr(parts.blobs, "remove", refuse)
+    async with asyncio.timeout(5):
+        while len(parts.files("checkpoints")) > 1:
+            await parts.closing.close_ended()
+            await asyncio.sleep(0.01)
+    assert [file.parent.name for file in parts.files("checkpoints")] == ["w0"]
+
+
+async def test_what_a_run_has_loaded_stays_until_its_snapshot(parts: Parts) -> None:
+    run = await a_run(parts)
+    address = await save(parts, run)
+    record = await parts.checkpoints.find(ANN.id, address)
+    parts.host.snapshots = False
+    load = load_of(record, address, with_optimizer=True)
+    await parts.done((await submit(parts, run, load)).id)
+    await parts.checkpoints.delete(ANN, address)
+    await parts.upkeep.tidy()
+    with pytest.raises(NotFound):
+        await parts.checkpoints.find(ANN.id, address)
+    assert parts.files("checkpoints")  # a restart would need it
+    parts.host.snapshots = True
+    async with asyncio.timeout(5):
+        while parts.files("checkpoints"):
+            await parts.done((await submit(parts, run, OptimStep(adam=AdamParams()))).id)
+            await parts.upkeep.tidy()
+    assert await parts.store.checkpoints.expired(utc_now()) == ()
+
+
+async def test_a_run_whose_loaded_files_are_gone_says_so(tmp_path: Path) -> None:
+    async with open_parts(tmp_path) as before:
+        run = await a_run(before)
+        address = await save(before, run)
+        record = await before.checkpoints.find(ANN.id, address)
+        before.host.snapshots = False
+        load = load_of(record, address, with_optimizer=True)
+        await before.done((await submit(before, run, load)).id)
+    async with open_parts(tmp_path) as after:
+        await after.runs.recover()
+        after.blobs.remove(record.path)
+        step = await submit(after, run, OptimStep(adam=AdamParams()))
+        outcome = await after.tickets.wait(ANN.id, step.id, 5)
+        assert isinstance(outcome, Failed)
+        assert isinstance(outcome.error, ServiceFault)
+        assert "gone" in outcome.error.message
 
 
 # ---- sharing and copies

@@ -89,6 +89,7 @@ def test_without_images_nothing_is_made_anew() -> None:
         (image(data=JPEG[:2] + b"\xff\xfe\x00\x04ab" * 300, format_="jpeg"), "too many segments"),
         (image(data=JPEG[:-2] + b"\xff\xda\x00\x02" * 64, format_="jpeg"), "too many scans"),
         (image(data=PNG[:33] + (bytes(4) + b"tEXt" + bytes(4)) * 120), "too many chunks"),
+        (image(data=PNG[:33] + PNG[8:]), "tells its size twice"),
         (image(data=PNG + bytes(2000)), "has .* bytes; send at most 2000"),
         (image(data=encoded_image(1, (50, 21))), "50 x 21 pixels; send at most 1000"),
         (image(expected_positions=4), "takes 5 tokens with this model.*expected_tokens says 4"),
@@ -112,6 +113,10 @@ def test_many_images_and_long_rows_are_refused() -> None:
     few = LIMITS.model_copy(update={"max_images": 2})
     with pytest.raises(InvalidRequest, match="3 images; send at most 2"):
         validation.sample(prompt(*[image()] * 3), SEEING, few)
+    small = LIMITS.model_copy(update={"max_request_pixels": 2 * 600})
+    validation.sample(prompt(*[image()] * 2), SEEING, small)
+    with pytest.raises(InvalidRequest, match="1800 pixels together; send at most 1200"):
+        validation.sample(prompt(*[image()] * 3), SEEING, small)
     with pytest.raises(InvalidRequest, match=r"68 positions, 5 for each image.*holds 64"):
         validation.sample(prompt(*[image()] * 13), SEEING, LIMITS)
 

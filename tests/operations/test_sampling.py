@@ -2,13 +2,23 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.operations.parts import ANN, MODEL, Parts, open_parts
+from twinkle_dask import packing
 from twinkle_dask.cluster.commands import Cancel, Sample
-from twinkle_dask.errors import InvalidRequest, NotFound, QuotaExceeded, SessionEnded
+from twinkle_dask.errors import (
+    InvalidRequest,
+    NotFound,
+    QuotaExceeded,
+    SessionEnded,
+    StorageFailed,
+)
+from twinkle_dask.operations import drawing
+from twinkle_dask.operations.drawing import Draw
 from twinkle_dask.operations.requests import SaveForSampler
 from twinkle_dask.operations.values import Failed, Tenant, Ticket
 from twinkle_dask.types import (
@@ -224,3 +234,65 @@ async def test_recorded_samples_last_as_long_as_their_session(parts: Parts) -> N
     await parts.end(session)
     await parts.upkeep.tidy()
     assert await parts.recording.find(ANN.id, session, both) == {}
+
+
+# ---- outcomes that are hard to store
+
+
+def lose_answers(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+    """Let the first call of a function do its work and fail, as where a connection breaks."""
+    work = getattr(owner, name)
+
+    async def once(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(owner, name, work)
+        await work(*args, **kwargs)
+        raise StorageFailed("The connection broke.")
+
+    monkeypatch.setattr(owner, name, once)
+
+
+@pytest.mark.parametrize("name", ["finish", "fail"])
+async def test_an_outcome_whose_commit_was_not_answered_is_given(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(drawing, "_RETRY_S", 0.0)
+    sampler = await a_sampler(parts)
+    lose_answers(monkeypatch, parts.store.journal, name)
+    if name == "fail":
+        parts.host.open.clear()
+    ticket = await draw(parts, sampler, 0)
+    if name == "fail":
+        await settled()
+        await parts.sampling.cancel(ANN, ticket.id)
+        assert "cancelled" in await failure(parts, ticket.id)
+    else:
+        await parts.done(ticket.id)
+    assert parts.quotas.queued_bytes.held(ANN.id) == 0
+
+
+async def test_a_result_that_cannot_be_taken_is_a_failure(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def breaks(*_: Any) -> None:
+        raise packing.UnreadableBuffer("damaged")
+
+    monkeypatch.setattr(parts.recording, "add", breaks)
+    ticket = await draw(parts, await a_sampler(parts), 0, recorded=True)
+    assert "log has the details" in await failure(parts, ticket.id)
+    await settled()
+    assert parts.quotas.samples.held(ANN.id) == 0
+
+
+async def test_a_store_that_is_away_does_not_lose_a_failure(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "_RETRY_S", 0.0)
+    sampler = await a_sampler(parts)
+
+    async def unreadable(_draw: Draw) -> bytes:
+        raise StorageFailed("The weights cannot be read.")
+
+    monkeypatch.setattr(parts.sampling._drawing, "_attempt", unreadable)  # pyright: ignore[reportPrivateUsage]
+    lose_answers(monkeypatch, parts.samplers, "is_deleted")
+    ticket = await draw(parts, sampler, 0)
+    assert "cannot be read" in await failure(parts, ticket.id)

@@ -216,6 +216,16 @@ def test_random_numbers_of_places_do_not_depend_on_the_pieces(width: int) -> Non
     assert not np.array_equal(PlacedUniforms(None, 9).at(0, 1), PlacedUniforms(None, 9).at(0, 1))
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-46, 1e-300])
+def test_the_least_temperatures_draw_the_likeliest(temperature: float) -> None:
+    """In float32 they are denormal, or 0."""
+    logits_NV = torch.tensor([[0.0, 3.0, 2.0, -1.0]])
+    numbers_NK = np.array([[0.0, 0.5, 0.99]])
+    assert bool((draw_many(logits_NV, temperature, numbers_NK) == 1).all())
+    rules = DrawRules.of([SamplingParams(temperature=temperature)], 4, torch.device("cpu"))
+    assert draw(logits_NV.clone(), rules, [0.99]).tokens == [1]
+
+
 def test_random_numbers_belong_to_seed_sample_and_place() -> None:
     first, again = Uniforms(7, 0), Uniforms(7, 0)
     numbers = [first.at(i) for i in range(5)]

@@ -74,6 +74,17 @@ class TestSessions:
         assert await store.sessions.get(BOB, SESSION) is None
         assert await store.sessions.page(BOB, 10, 0) == ((), 0)
 
+    async def test_any_number_of_them_is_found(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("twinkle_dask.store.database._MAX_NAMES", 2)
+        names = {SessionId(f"s{number}") for number in range(5)}
+        for name in names:
+            await store.sessions.add(session(name))
+        found = await store.sessions.among({*names, SessionId("none")})
+        assert {one.id for one in found} == names
+        assert await store.sessions.among(()) == ()
+
     async def test_an_idempotency_key_finds_the_session_it_made(self, store: Store) -> None:
         first = await store.sessions.add(session("s1", key="k"))
         assert await store.sessions.add(session("s2", key="k")) == first
@@ -329,6 +340,18 @@ class TestJournal:
         # Without a snapshot: all that are not to be done.
         assert await store.journal.prune_replayed(RUN) == (operations[3].payload_path,)
 
+    async def test_loads_that_a_replay_would_do_again(self, store: Store) -> None:
+        await fill(store)
+        loads = [replace(operation(seq), kind="load_state") for seq in (1, 2, 3)]
+        for one in (*loads[:2], operation(4)):
+            await add_finished(store, one)
+        await store.journal.add(loads[2])  # has no outcome, so it may still fail
+        assert {one.seq for one in await store.journal.loads("load_state")} == {1, 2}
+        await store.runs.set_snapshot(RUN, "snapshots/1", 1)
+        assert {one.seq for one in await store.journal.loads("load_state")} == {2}
+        await store.runs.close(RUN)
+        assert await store.journal.loads("load_state") == ()
+
 
 class TestCheckpoints:
     async def test_a_name_is_overwritten_only_on_request(self, store: Store) -> None:
@@ -343,6 +366,16 @@ class TestCheckpoints:
         assert await store.checkpoints.get(BOB, RUN, training, "a") is None
         assert await store.checkpoints.get(ANN, RUN, CheckpointKind.SAMPLER, "a") is None
         assert await store.checkpoints.by_id(first.id) is None
+
+    async def test_one_that_lost_its_name_may_be_added_again(self, store: Store) -> None:
+        await fill(store)
+        first, second = checkpoint("a"), checkpoint("a")
+        await store.checkpoints.add(first)
+        await store.checkpoints.add(second, overwrite=True)
+        again = await store.checkpoints.add(first, overwrite=True)  # done again after a crash
+        assert again is not None
+        assert again.id == first.id
+        assert await store.checkpoints.get(ANN, RUN, CheckpointKind.TRAINING, "a") == second
 
     async def test_unnamed_ones_have_no_rivals_and_are_not_listed(self, store: Store) -> None:
         await fill(store)

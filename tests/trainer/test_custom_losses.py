@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hypothesis.strategies as st
@@ -88,7 +88,7 @@ def refuses(expression: str) -> str:
         ("logprobs.requires_grad_().sum()", "'requires_grad_'"),
         ("logprobs.register_hook(None).sum()", "'register_hook'"),
         ("torch.linalg.svdvals(logprobs[None]).sum()", "svdvals"),
-        ("torch.save(logprobs, 'x')", "torch.serialization.save"),
+        ("torch.save(logprobs, '/dev/null')", "torch.serialization.save"),
         ("logprobs.data.sum()", "'data'"),
         ("logprobs.__class__", "'__class__'"),
         ("logprobs.to('cuda').sum()", "'cuda'"),
@@ -262,6 +262,14 @@ BIG = "is more work than is allowed"
         ("logprobs.sum() * torch.div(torch.full_like(x.long(), -(2**63)), -1,"
          " rounding_mode='trunc').sum()", "too small to be divided"),
         ("logprobs.sum() * (torch.full_like(x.long(), -(2**63)) // -1).sum()", "too small"),
+        # Cut to 32 bits, what has no dimension becomes the smallest integer there is.
+        ("logprobs.sum() * torch.div(torch.full_like(x.long().sum(), -(2**31) - 2**32),"
+         " -x.to(torch.int32), rounding_mode='trunc').sum()", "too small"),
+        ("logprobs.sum() * ((-(2**31) - 2**32) // -x.to(torch.int32)).sum()", "too small"),
+        # Empty, and yet of any size.
+        ("logprobs.sum() * logprobs.new_zeros(0, 10**12).sum(0).numel()", BIG),
+        ("logprobs[:0].reshape(0, 10**12).sum(0).numel() * logprobs.sum()", "too large a shape"),
+        ("logprobs.sum() * logprobs.new_zeros(10**6, 0).any(1).sum()", BIG),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_fails_with_a_reason(expression: str, problem: str) -> None:
@@ -277,18 +285,43 @@ def test_too_many_nodes_are_too_much_for_a_single_token() -> None:
         return value.sum(), {}
 
     loss = custom(deep, {"logprobs": 1})
-    assert run(loss, [torch.full((20,), -1.0)]).value == pytest.approx(-20.0)
+    assert run(loss, [torch.full((30,), -1.0)]).value == pytest.approx(-30.0)
     with pytest.raises(CustomLossFailed, match=BIG):
         run(loss, [torch.full((1,), -1.0)])
 
 
 def test_work_grows_with_the_datum_up_to_a_bound() -> None:
-    allowed = [work_allowed(size) for size in (1, 100, 2048, 10**5, 10**7)]
+    allowed = [work_allowed(size, 2 * size) for size in (1, 100, 2048, 10**5, 10**6, 10**8)]
     assert allowed == sorted(allowed)
     assert allowed[0] < 10**5
     assert allowed[2] >= 7 * 2048 * 2048  # a few matrices of all pairs
     assert allowed[3] == 2**25
-    assert allowed[4] == 64 * 10**7
+    assert allowed[4] == 2 * 64 * 10**6
+    assert allowed[5] == 2**27
+    # What one brings oneself buys little.
+    assert work_allowed(1, 10**6) < 2**26
+
+
+def test_what_takes_longer_counts_more() -> None:
+    def loss(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def of(logprobs: torch.Tensor) -> Returned:
+            return function(logprobs.repeat(400_000)).sum(), {}
+
+        return custom(of, {"logprobs": 1})
+
+    lp = [torch.full((80,), -1.0)]
+    with pytest.raises(CustomLossFailed, match=BIG):
+        run(loss(torch.sqrt), lp)
+
+    def some(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        def of(logprobs: torch.Tensor) -> Returned:
+            return function(logprobs.repeat(4000)).sum(), {}
+
+        return custom(of, {"logprobs": 1})
+
+    run(some(torch.exp), lp)
+    with pytest.raises(CustomLossFailed, match=r"argsort.*more work"):
+        run(some(lambda x: x[x.argsort()]), lp)
 
 
 def test_metrics_may_be_anything_that_is_a_number() -> None:

@@ -90,7 +90,7 @@ def prepared(driver: Driver, *runs: str) -> None:
 def test_gradients_are_those_of_the_clients_own_way(
     make: MakeDriver, case: Case, lanes: int
 ) -> None:
-    driver = make(lanes=lanes)
+    driver = make(lanes=lanes, tokens_per_micro_batch=64 * len(LENGTHS))
     prepared(driver, "server", "client")
     body = custom_batch(case)
     result = driver.forward_backward("server", body)

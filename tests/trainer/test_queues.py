@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from twinkle_dask.losses import loss_spec
 from twinkle_dask.trainer.queues import Pick, RunQueues
 from twinkle_dask.trainer.work import Work, WorkBody
-from twinkle_dask.types import AdamParams, Datum, ForwardBackward, OptimStep, RunId, TenantId
+from twinkle_dask.types import (
+    AdamParams,
+    CustomLoss,
+    Datum,
+    ForwardBackward,
+    OptimStep,
+    RunId,
+    TenantId,
+)
 
 STEP = OptimStep(adam=AdamParams())
 LOSS = loss_spec("cross_entropy", {})
@@ -228,3 +237,13 @@ def test_misuse_is_refused() -> None:
         queues.add(work("1", STEP))
     with pytest.raises(ValueError, match="has not come"):
         queues.finish("1")
+
+
+def test_short_data_of_a_custom_loss_count_for_more() -> None:
+    """Their loss is evaluated one by one, which takes its time for a single token too."""
+    loss = CustomLoss(id="l", name="l", ranks={"logprobs": 1}, graph="{}")
+    queues = RunQueues()
+    queues.add(work("custom", replace(rows([1] * 100), loss=loss), run="a", tenant="a"))
+    queues.add(work("other", rows([64] * 4), run="b", tenant="b"))
+    picks = queues.next_batch(512)
+    assert {pick.work.id: len(pick.rows) for pick in picks} == {"custom": 4, "other": 4}

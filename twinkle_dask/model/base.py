@@ -227,8 +227,12 @@ class BaseModel:
                 tokens_T[None], plan, positions_BL=positions_T[None], patches=patches
             )[0]
 
-    def look(self, rows: Sequence[Sequence[Image]]) -> dict[bytes, Tensor]:
+    def look(self, rows: Sequence[Sequence[Image]], owner: str = "") -> dict[bytes, Tensor]:
         """What the images of some rows look like to the decoder, by their encoded bytes.
+
+        Args:
+            rows: Images of each row.
+            owner: The tenant whose rows these are; what is kept for one is not used for another.
 
         Raises:
             InvalidRequest: An image is damaged, or the model sees none.
@@ -237,7 +241,7 @@ class BaseModel:
             return {}
         if self.vision is None:
             raise InvalidRequest("This model reads text alone, and there are images.")
-        return self.vision.of_rows(rows)
+        return self.vision.of_rows(rows, owner)
 
     @property
     def can_checkpoint(self) -> bool:

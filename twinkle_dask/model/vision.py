@@ -90,7 +90,7 @@ class Vision:
         self.decoder: Any = self._model.get_decoder()
         modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
         self.decoder_path = next(f"{name}." for name, part in modules if part is self.decoder)
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
         self._kept_bytes = 0
         try:
             lengths = {len(self.look(example)) for example in self.examples()}
@@ -134,14 +134,16 @@ class Vision:
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         return inputs
 
-    def features(self, image: Image) -> Tensor:
+    def features(self, image: Image, owner: str) -> Tensor:
         """Hidden states (P, D) of an image, without gradient.
+
+        What is kept is kept for its owner: by the time it takes, nobody learns what others sent.
 
         Raises:
             InvalidRequest: The bytes cannot be decoded, or the image takes another number of
                 positions than there is room for.
         """
-        key = hashlib.sha256(image.data).digest()
+        key = owner, hashlib.sha256(image.data).digest()
         if key in self._kept:
             self._kept.move_to_end(key)
         else:
@@ -153,13 +155,13 @@ class Vision:
             )
         return found_PD
 
-    def of_rows(self, images: Iterable[Sequence[Image]]) -> dict[bytes, Tensor]:
-        """The features of all images in some rows, by their encoded bytes.
+    def of_rows(self, images: Iterable[Sequence[Image]], owner: str) -> dict[bytes, Tensor]:
+        """The features of all images in some rows of one owner, by their encoded bytes.
 
         Raises:
             InvalidRequest: As ``features``.
         """
-        return {image.data: self.features(image) for row in images for image in row}
+        return {image.data: self.features(image, owner) for row in images for image in row}
 
     def look(self, decoded: PilImage.Image) -> Tensor:
         """Hidden states (P, D) of a decoded image, without gradient."""
@@ -169,7 +171,7 @@ class Vision:
             parts: list[Tensor] = list(found.pooler_output)
             return torch.cat(parts).to(self._model.get_input_embeddings().weight.dtype)
 
-    def _keep(self, key: bytes, features_PD: Tensor) -> None:
+    def _keep(self, key: tuple[str, bytes], features_PD: Tensor) -> None:
         self._kept[key] = features_PD
         self._kept_bytes += features_PD.nbytes
         while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:

@@ -3,7 +3,7 @@
 Several records may name one folder, since copies share their source's files; the files go with the
 last of them. A removal takes the record's name and lets its time come first, so that nobody finds
 it any more, then removes the files and then the record; ``remove_expired`` goes on with one that
-was broken off.
+was broken off, or whose files a run had just loaded and still needed.
 """
 
 import asyncio
@@ -12,11 +12,19 @@ from datetime import timedelta
 
 import structlog
 
+from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.errors import InvalidRequest, NotFound, NotPermitted, StorageFailed
-from twinkle_dask.operations import validation
+from twinkle_dask.operations import contents, validation
 from twinkle_dask.operations.audit import Audit
-from twinkle_dask.operations.values import CheckpointAddress, CheckpointInfo, Page, Tenant
+from twinkle_dask.operations.requests import LoadState
+from twinkle_dask.operations.values import (
+    CheckpointAddress,
+    CheckpointInfo,
+    Page,
+    Tenant,
+    TicketKind,
+)
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.records import CheckpointKind, CheckpointRecord
 from twinkle_dask.store.store import Store
@@ -117,8 +125,13 @@ class Checkpoints:
 
     async def delete(self, tenant: Tenant, address: CheckpointAddress) -> None:
         """Remove a checkpoint, and its files unless a copy has them."""
-        await self.remove(await self.own(tenant.id, address))
-        await self._audit.record(tenant, "checkpoints.deleted", path=_path(address))
+        record = await self.own(tenant.id, address)
+        # Told as soon as nobody finds it any more, whatever becomes of its files.
+        await self._store.checkpoints.retire(record.id, utc_now())
+        await self._audit.record(
+            tenant, "checkpoints.deleted", once=f"deleted {record.id}", path=_path(address)
+        )
+        await self.remove(record)
 
     async def set_ttl(self, tenant: Tenant, address: CheckpointAddress, ttl_s: int | None) -> None:
         """Let a checkpoint expire ``ttl_s`` from now, or never."""
@@ -148,21 +161,30 @@ class Checkpoints:
     async def remove_expired(self) -> None:
         """Delete what has outlived its time, and what was on its way out."""
         for record in await self._store.checkpoints.expired(utc_now()):
-            if not await self._try_to_remove(record) or record.name is None:
-                continue
-            log.info("checkpoint_expired", run=record.run_id, name=record.name)
-            by_itself = Tenant(id=record.tenant_id, name="expiry", key_hint="")
-            await self._audit.record(by_itself, "checkpoints.expired", path=_path(_address(record)))
+            if record.name is not None:
+                log.info("checkpoint_expired", run=record.run_id, name=record.name)
+                by_itself = Tenant(id=record.tenant_id, name="expiry", key_hint="")
+                # Before its name goes, with which a later round could not tell of it.
+                await self._audit.record(
+                    by_itself,
+                    "checkpoints.expired",
+                    once=f"expired {record.id}",
+                    path=_path(_address(record)),
+                )
+            await self.try_to_remove(record)
 
     async def remove_idle(self, idle_s: float) -> None:
         """Delete weights of one sampler alone that nobody sampled for so long."""
         before = utc_now() - timedelta(seconds=idle_s)
         for record in await self._store.checkpoints.idle(before):
-            if await self._try_to_remove(record):
+            if await self.try_to_remove(record):
                 log.info("idle_weights_removed", run=record.run_id)
 
     async def remove(self, record: CheckpointRecord) -> None:
         """Delete a record and, unless a copy has them, its files.
+
+        A run that has loaded them keeps both until its snapshot is written: until then it could
+        not be restored without.
 
         Raises:
             StorageFailed: Nobody finds it any more, but something of it is left; ``remove_expired``
@@ -172,10 +194,23 @@ class Checkpoints:
         for tell in self._on_removed:
             tell(record.id)
         if not await self._store.checkpoints.is_shared(record):
+            if await self._is_to_be_loaded_again(record):
+                return
             await asyncio.to_thread(self._blobs.remove, record.path)
         await self._store.checkpoints.delete(record.id)
 
-    async def _try_to_remove(self, record: CheckpointRecord) -> bool:
+    async def _is_to_be_loaded_again(self, record: CheckpointRecord) -> bool:
+        """Whether restoring a run would begin with these files."""
+        if record.kind is CheckpointKind.EXTERNAL:
+            return False
+        for load in await self._store.journal.loads(TicketKind.LOAD_STATE):
+            if load.has_payload:
+                request: LoadState = packing.unpack(await contents.payload_of(self._blobs, load))
+                if request.folder == record.path:
+                    return True
+        return False
+
+    async def try_to_remove(self, record: CheckpointRecord) -> bool:
         """One that cannot be removed does not keep the others from going."""
         try:
             await self.remove(record)

@@ -69,7 +69,7 @@ class Closing:
             if over and not self._runs.has_lane(run.id):
                 await self._close(run)
         for weights in await self._store.checkpoints.left_behind():
-            await self._checkpoints.remove(weights)
+            await self._checkpoints.try_to_remove(weights)
         await self._inflight.remove_superseded()
         await self._recording.remove_ended()
         await self._store.custom_losses.remove_ended()

@@ -28,6 +28,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 _MAX_LOSSES = 4
 _RETRY_S = 1.0
+_FAULT = "The sample failed; the service's log has the details."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +114,11 @@ class Drawing:
     async def _settle(self, draw: Draw, attempt: "asyncio.Task[bytes]") -> None:
         structlog.contextvars.bind_contextvars(ticket=draw.ticket, sampler=draw.handle.record.id)
         await asyncio.wait({attempt})
-        outcome = await self._outcome(draw, attempt)
+        outcome: bytes | TwinkleDaskError | None = None
         while True:
             try:
+                if outcome is None:
+                    outcome = await self._outcome(draw, attempt)
                 if isinstance(outcome, bytes):
                     if draw.recorded:
                         await self._record(draw, outcome)
@@ -125,6 +128,11 @@ class Drawing:
             except StorageFailed as error:
                 log.warning("outcome_not_stored", error=error.message)
                 await asyncio.sleep(_RETRY_S)
+            except Exception:
+                if not isinstance(outcome, bytes):
+                    raise
+                log.exception("result_not_taken")
+                outcome = ServiceFault(_FAULT)
             else:
                 break
         size = len(outcome) if isinstance(outcome, bytes) else None
@@ -154,7 +162,7 @@ class Drawing:
             return error
         except Exception:
             log.exception("sample_failed")
-            return ServiceFault("The sample failed; the service's log has the details.")
+            return ServiceFault(_FAULT)
 
     async def _attempt(self, draw: Draw) -> bytes:
         """Draw on one host after the other until one answers, with the same seed."""

@@ -42,9 +42,11 @@ def _png(data: bytes) -> tuple[int, int]:
         raise InvalidRequest("is not complete: it tells no size")
     at = len(_PNG)
     for _ in range(_FEW_CHUNKS + len(data) // _BYTES_PER_CHUNK):
-        last = data[at + 4 : at + 8] == b"IEND"
+        kind = data[at + 4 : at + 8]
+        if kind == b"IHDR" and at > len(_PNG):
+            raise InvalidRequest("tells its size twice; save it anew")  # decoders take the last
         at += 12 + int.from_bytes(data[at : at + 4])
-        if last or at >= len(data):
+        if kind == b"IEND" or at >= len(data):
             return width, height
     raise InvalidRequest("is cut into too many chunks; save it anew")
 

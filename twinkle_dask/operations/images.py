@@ -35,10 +35,15 @@ def placed_in_batch(
         return request
     _not_too_many(sum(len(datum.images) for datum in request.data), limits)
     data = list(request.data)
+    pixels = 0
     for index, datum in enumerate(data):
         if datum.images:
-            tokens, images = _placed(datum.tokens, datum.images, model, limits, f"Datum {index}")
+            tokens, images, own_pixels = _placed(
+                datum.tokens, datum.images, model, limits, f"Datum {index}"
+            )
+            pixels += own_pixels
             data[index] = replace(datum, tokens=tokens, images=images)
+    _not_too_large(pixels, limits)
     return replace(request, data=tuple(data))
 
 
@@ -53,7 +58,8 @@ def placed_in_prompt(
     if not request.images:
         return request
     _not_too_many(len(request.images), limits)
-    prompt, images = _placed(request.prompt, request.images, model, limits, "The prompt")
+    prompt, images, pixels = _placed(request.prompt, request.images, model, limits, "The prompt")
+    _not_too_large(pixels, limits)
     return replace(request, prompt=prompt, images=images)
 
 
@@ -64,13 +70,23 @@ def _not_too_many(count: int, limits: LimitConfig) -> None:
         )
 
 
+def _not_too_large(pixels: int, limits: LimitConfig) -> None:
+    """Decoding is done between passes, where all tenants wait for it."""
+    if pixels > limits.max_request_pixels:
+        raise InvalidRequest(
+            f"The request's images have {pixels} pixels together; send at most "
+            f"{limits.max_request_pixels} at a time, for example by scaling them down."
+        )
+
+
 def _placed(
     tokens: Int32Array,
     images: Sequence[Image],
     model: ServedModel,
     limits: LimitConfig,
     where: str,
-) -> tuple[Int32Array, tuple[Image, ...]]:
+) -> tuple[Int32Array, tuple[Image, ...], int]:
+    """The tokens with room for the images, the images in their places, and how many pixels."""
     facts = model.facts.images
     if facts is None:
         raise InvalidRequest(
@@ -85,22 +101,22 @@ def _placed(
         )
     parts: list[Int32Array] = []
     placed: list[Image] = []
-    before = 0
+    before = pixels = 0
     filled = np.full(facts.num_positions, facts.placeholder, np.int32)
     for number, image in enumerate(images):
         try:
-            _check(image, facts, limits)
+            pixels += _checked_pixels(image, facts, limits)
         except InvalidRequest as error:
             raise InvalidRequest(f"{where}: image {number} {error.message}.") from None
         parts += [tokens[before : image.position], filled]
         position = image.position + number * facts.num_positions
         placed.append(replace(image, position=position, num_positions=facts.num_positions))
         before = image.position
-    return np.concatenate([*parts, tokens[before:]], dtype=np.int32), tuple(placed)
+    return np.concatenate([*parts, tokens[before:]], dtype=np.int32), tuple(placed), pixels
 
 
-def _check(image: Image, facts: ImageFacts, limits: LimitConfig) -> None:
-    """Everything that can be known of an image without decoding it."""
+def _checked_pixels(image: Image, facts: ImageFacts, limits: LimitConfig) -> int:
+    """How many pixels there are, once everything is checked that can be without decoding."""
     if len(image.data) > limits.max_image_bytes:
         raise InvalidRequest(
             f"has {len(image.data)} bytes; send at most {limits.max_image_bytes}, for example by "
@@ -116,3 +132,4 @@ def _check(image: Image, facts: ImageFacts, limits: LimitConfig) -> None:
             f"takes {facts.num_positions} tokens with this model, whatever its size; "
             f"expected_tokens says {image.expected_positions}"
         )
+    return width * height

@@ -79,7 +79,7 @@ class InflightWeights:
         superseded = await self._store.inflight.superseded()
         for weights in superseded:
             if not self._users[weights.id]:
-                await self._checkpoints.remove(weights)
+                await self._checkpoints.try_to_remove(weights)
         if superseded:
             await self._store.inflight.forget_removed()
 

@@ -108,10 +108,14 @@ class LaneParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Redone:
-    """An operation done again for its effect. ``must_succeed`` as it did the first time."""
+    """An operation done again for its effect. ``must_succeed`` as it did the first time.
+
+    ``folder`` is what it reads, if it reads any.
+    """
 
     answer: "asyncio.Future[bytes]"
     must_succeed: bool
+    folder: str | None = None
 
     async def check(self) -> None:
         try:
@@ -313,7 +317,8 @@ class Lane:
         if self.run.snapshot_path is not None:
             after = self.run.snapshot_seq
             load = LoadFolder(folder=self.run.snapshot_path, with_optimizer=True)
-            redone.append(_Redone(answer=link.send(self._command(load)), must_succeed=True))
+            answer = link.send(self._command(load))
+            redone.append(_Redone(answer=answer, must_succeed=True, folder=load.folder))
         for record in await self._parts.store.journal.for_run(self.run.id, after_seq=after):
             if record.seq in unfinished:
                 self._send(link, unfinished.pop(record.seq), attempt)
@@ -325,7 +330,7 @@ class Lane:
             # One failure is enough; nobody looks at those behind it then.
             self._ignore(one.answer)
         for one in redone:
-            await one.check()
+            await self._check(one, attempt)
         if attempt != self._attempt:
             raise HostLost(f"Host {link.name} went away while the run was restored on it.")
         self._do(LaneEvent.RESTORED)
@@ -347,7 +352,21 @@ class Lane:
         request: LaneRequest = packing.unpack(payload)
         answer = link.send(self._host_command(request, payload))
         self._count(request, len(payload))
-        return _Redone(answer=answer, must_succeed=not failed)
+        folder = request.folder if isinstance(request, LoadState) else None
+        return _Redone(answer=answer, must_succeed=not failed, folder=folder)
+
+    async def _check(self, redone: _Redone, attempt: int) -> None:
+        try:
+            await redone.check()
+        except StorageFailed as error:
+            # What was sent behind it fails only for want of it, so those answers do not count.
+            self._detach(attempt)
+            if redone.folder is None:
+                raise
+            if await asyncio.to_thread(self._parts.blobs.names, redone.folder):
+                raise
+            # Else it would be tried for ever, and whoever waits would never learn why.
+            raise CheckpointCorrupt("The files that it goes on from are gone.") from error
 
     @contextlib.contextmanager
     def _recorded(self) -> Generator[None]:

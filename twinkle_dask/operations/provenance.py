@@ -33,7 +33,9 @@ from twinkle_dask.types import (
 
 #: Losses that take no span of which nothing is known.
 _STRICT = frozenset({LossName.STABLE_REINFORCE})
+#: Larger batches, or those of more spans, are checked on a thread.
 _ASIDE_TOKENS = 20_000
+_ASIDE_SPANS = 1_000
 
 
 class SpanKind(StrEnum):
@@ -87,7 +89,7 @@ class Provenance:
         known = await self._recording.find(
             tenant, session, dict.fromkeys(name[0] for name in named if name is not None)
         )
-        if batch.num_tokens > _ASIDE_TOKENS:
+        if batch.num_tokens > _ASIDE_TOKENS or len(_all(spans)) > _ASIDE_SPANS:
             await asyncio.to_thread(check_tokens, batch, spans, known)
         else:
             check_tokens(batch, spans, known)

@@ -49,11 +49,6 @@ class TicketBoard:
         self._finished_bytes = 0
         self._delivered: set[TicketId] = set()
 
-    @property
-    def num_pending(self) -> int:
-        """Tickets that have no outcome yet."""
-        return len(self._pending)
-
     def open(
         self,
         tenant: TenantId,
@@ -101,8 +96,10 @@ class TicketBoard:
             output_tokens=usage.output_tokens(outcome),
             used=usage.used(outcome),
         )
-        if first:  # else it was cancelled meanwhile, and whoever did that has settled it
+        if first:
             self._settle(ticket, Done(result=outcome), len(result))
+        else:
+            await self._settle_as_stored(ticket)
 
     async def fail(self, ticket: TicketId, error: TwinkleDaskError) -> None:
         """Make a failure durable, then wake whoever waits."""
@@ -112,6 +109,8 @@ class TicketBoard:
         )
         if first:
             self._settle(ticket, Failed(error=error), 0)
+        else:
+            await self._settle_as_stored(ticket)
 
     async def wait(self, tenant: TenantId, ticket: TicketId, timeout_s: float) -> Outcome:
         """The outcome, or ``Waiting`` once the time is over.
@@ -149,6 +148,16 @@ class TicketBoard:
         """Tickets whose outcome was handed out since the last call."""
         delivered, self._delivered = self._delivered, set()
         return delivered
+
+    async def _settle_as_stored(self, ticket: TicketId) -> None:
+        """Give an outcome that is in the journal to whoever waits, if nobody has done so.
+
+        It is of one who came first, or our own, from a commit whose answer was lost.
+        """
+        entry = self._pending.get(ticket)
+        record = None if entry is None else await self._store.journal.get(entry.tenant, ticket)
+        if record is not None and record.state is not OperationState.PENDING:
+            self._settle(ticket, await self._read(record), record.result_bytes)
 
     def _settle(self, ticket: TicketId, outcome: Outcome, num_bytes: int) -> None:
         entry = self._pending.pop(ticket, None)

@@ -54,10 +54,12 @@ class Usage:
         for name, time in (("starting_on", start), ("ending_before", end)):
             if time.tzinfo is None:
                 raise InvalidRequest(f"{name} needs a time zone, for example 'Z'.")
-            if time.astimezone().timestamp() % 3600:
+            if time.timestamp() % 3600:
                 raise InvalidRequest(f"{name} must be a full hour (UTC).")
         if start > utc_now():
             raise InvalidRequest("starting_on must not be in the future.")
+        if start.timestamp() < 0:  # the first of all times is before it in UTC, where there is none
+            raise InvalidRequest("starting_on must not be before 1970.")
         if not start < end <= start + _LONGEST:
             raise InvalidRequest("ending_before must be up to 14 days after starting_on.")
         rows = await self._store.usage.between(tenant.id, start, end)

@@ -22,6 +22,10 @@ from twinkle_dask.types import Float32Array, Int32Array, SamplingParams
 # Nearly always the nucleus of top_p lies within so many likeliest tokens; only where it does not,
 # the row's whole vocabulary is sorted.
 _CANDIDATES = 1024
+# Lower ones draw the likeliest token as well, but become 0 in float32.
+_LEAST_TEMPERATURE = 1e-30
+# A key for each logit, and what topk makes of them, take up to five times their memory.
+_LOGITS_PER_PIECE = 8 * 2**20
 # Philox makes its numbers four at a time.
 _NUMBERS_PER_COUNT = 4
 
@@ -79,7 +83,7 @@ class DrawRules:
         random_S: The same as a tensor.
         greedy: Whether any row is greedy.
         tempered: Whether any temperature is not 1.
-        temperature_S1: Above 0.
+        temperature_S1: At least ``_LEAST_TEMPERATURE``.
         limited_L: Positions within S of the rows with a top_k or top_p; None if that is all.
         top_k_L1: V where there is no limit.
         top_p_L1: Infinity where there is no limit.
@@ -130,7 +134,9 @@ class DrawRules:
             random_S=torch.tensor(rows, dtype=torch.int64, device=device),
             greedy=not all_random,
             tempered=any(p.temperature != 1 for p in random),
-            temperature_S1=_column([p.temperature for p in random], torch.float32, device),
+            temperature_S1=_column(
+                [max(p.temperature, _LEAST_TEMPERATURE) for p in random], torch.float32, device
+            ),
             limited_L=None if all_limited else torch.tensor(limited, device=device).long(),
             top_k_L1=_column(top_k, torch.int64, device),
             top_p_L1=_column(top_p, torch.float32, device),
@@ -192,7 +198,7 @@ def draw_many(logits_NV: Tensor, temperature: float, numbers_NK: NDArray[np.floa
     if temperature == 0:
         return logits_NV.max(dim=-1, keepdim=True).indices.expand(numbers_NK.shape)
     weights_NV = logits_NV - logits_NV.amax(dim=-1, keepdim=True)
-    weights_NV.div_(temperature).exp_()
+    weights_NV.div_(max(temperature, _LEAST_TEMPERATURE)).exp_()
     return invert_cdf(weights_NV, torch.as_tensor(numbers_NK).to(weights_NV.device))
 
 
@@ -215,7 +221,9 @@ def _top(
 ) -> dict[int, tuple[Int32Array, Float32Array]]:
     wanted = torch.tensor([row for row, _ in top_rows], device=shifted_NV.device)
     shifted_PV = shifted_NV[wanted]
-    tokens_PK = likeliest(shifted_PV, max(number for _, number in top_rows))
+    most, size = max(k for _, k in top_rows), max(1, _LOGITS_PER_PIECE // shifted_PV.shape[-1])
+    pieces = [shifted_PV[at : at + size] for at in range(0, len(top_rows), size)]
+    tokens_PK = torch.cat([likeliest(piece_PV, most) for piece_PV in pieces])
     logprobs_PK = shifted_PV.gather(-1, tokens_PK) - log_total_N[wanted].unsqueeze(-1)
     tokens: Int32Array = tokens_PK.to("cpu", torch.int32).numpy()
     logprobs: Float32Array = logprobs_PK.cpu().numpy()

@@ -157,11 +157,12 @@ def _patches(base: BaseModel, jobs: Several[Job], past: int, length: int) -> lis
     """What lies within ``length`` positions from ``past`` of the jobs' images."""
     patches: list[Patch] = []
     for row, job in enumerate(jobs):
+        owner = job.request.work.tenant
         for image in job.request.work.request.images:
             start = max(image.position, past)
             stop = min(image.position + image.num_positions, past + length)
             if start < stop:
-                look_PD = base.look([[image]])[image.data]
+                look_PD = base.look([[image]], owner)[image.data]
                 part_PD = look_PD[start - image.position : stop - image.position]
                 patches.append(Patch(row * length + start - past, part_PD))
     return patches

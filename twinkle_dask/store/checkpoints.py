@@ -60,8 +60,9 @@ class Checkpoints:
         def work(connection: Connection) -> CheckpointRecord | None:
             if insert_new(connection, t, row):
                 return None
-            found = connection.execute(select(t).where(same))
-            holder = from_row(CheckpointRecord, found.mappings().one())
+            # Its own row comes first: done again, it may have lost its name to a later one.
+            found = connection.execute(select(t).where(same).order_by(t.c.id != checkpoint.id))
+            holder = from_row(CheckpointRecord, found.mappings().fetchmany(1)[0])
             gone = holder.expires_at is not None and holder.expires_at <= checkpoint.created_at
             if holder.id != checkpoint.id and (overwrite or gone):
                 connection.execute(_retire(holder.id, checkpoint.created_at))

@@ -26,6 +26,7 @@ from twinkle_dask.store.rows import R, RowValues, from_row, to_row
 from twinkle_dask.store.writer import GroupWriter
 
 T = TypeVar("T")
+N = TypeVar("N", bound=str)
 
 _MAX_NAMES = 10_000  # names in one IN list; drivers stop at 32,767 bound values
 
@@ -148,7 +149,7 @@ class Database:
         wanted = tuple(names)
 
         def work(connection: Connection) -> None:
-            for some in _portions(wanted):
+            for some in portions(wanted):
                 connection.execute(statement.where(column.in_(some)))
 
         if wanted:
@@ -170,7 +171,8 @@ def _insert_new(table: Table, dialect: str) -> Insert:
     return insert(table).on_conflict_do_nothing()
 
 
-def _portions(names: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
+def portions(names: tuple[N, ...]) -> Iterable[tuple[N, ...]]:
+    """Names, so many at a time as one statement may have."""
     rest = iter(names)
     while some := tuple(islice(rest, _MAX_NAMES)):
         yield some

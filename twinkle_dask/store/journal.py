@@ -192,6 +192,22 @@ class Journal:
         query = select(t).where(t.c.run_id == run, t.c.seq > after_seq).order_by(t.c.seq)
         return await self._database.all(OperationRecord, query)
 
+    async def loads(self, kind: str) -> tuple[OperationRecord, ...]:
+        """The finished loads that a replay would do again: those of live runs without a snapshot.
+
+        Args:
+            kind: The journal's word for a load.
+        """
+        after_snapshot = or_(runs.c.snapshot_path.is_(None), t.c.seq > runs.c.snapshot_seq)
+        query = (
+            select(t)
+            .join(runs, runs.c.id == t.c.run_id)
+            .where(runs.c.state.in_(LIVE), t.c.kind == kind, after_snapshot)
+        )
+        found = await self._database.all(OperationRecord, query)
+        # Not in the query, or SQLite would go through all that is done.
+        return tuple(one for one in found if one.state is OperationState.DONE)
+
     async def last_finished_seq(self, run: RunId) -> int:
         """The largest ``seq`` of the run that is done, failed or in its snapshot; -1 if none."""
         finished = and_(t.c.run_id == run, t.c.state != OperationState.PENDING)

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
 
-from twinkle_dask.store.database import Database, Page
+from twinkle_dask.store.database import Database, Page, portions
 from twinkle_dask.store.records import SessionRecord, SessionState
 from twinkle_dask.store.tables import sessions as t
 from twinkle_dask.types import SessionId, TenantId
@@ -42,10 +42,11 @@ class Sessions:
 
     async def among(self, sessions: Collection[SessionId]) -> tuple[SessionRecord, ...]:
         """Those of these sessions that there are, in no order."""
-        if not sessions:
-            return ()
-        found = select(t).where(t.c.id.in_(tuple(sessions)))
-        return await self._database.all(SessionRecord, found)
+        found: list[SessionRecord] = []
+        for some in portions(tuple(sessions)):
+            query = select(t).where(t.c.id.in_(some))
+            found += await self._database.all(SessionRecord, query)
+        return tuple(found)
 
     async def set_project(self, session: SessionId, project: str) -> None:
         """Give a session another label."""

@@ -27,12 +27,14 @@ class Part:
 
     Attributes:
         gradient: What its adapter's gradients are added to in the end; None for forward only.
+        owner: The tenant.
     """
 
     adapter: LoraTensors
     gradient: Gradient | None
     loss: Loss
     data: Sequence[Datum]
+    owner: str = ""
 
     @property
     def num_tokens(self) -> int:

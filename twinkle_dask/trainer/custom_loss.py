@@ -19,7 +19,15 @@ from torch import Tensor
 
 from twinkle_dask.custom_losses import Program, program_of
 from twinkle_dask.custom_losses.program import Step
-from twinkle_dask.trainer.custom_operators import FUNCTIONS, MAX_PIECES, WORK, Refused, largest
+from twinkle_dask.trainer.custom_operators import (
+    FUNCTIONS,
+    MAX_PIECES,
+    SLOW,
+    WORK,
+    Refused,
+    extent,
+    largest,
+)
 from twinkle_dask.types import CustomLoss
 
 # What one node costs however small it is, in numbers of work.
@@ -59,14 +67,20 @@ class Evaluated:
     metrics: Mapping[str, float]
 
 
-def work_allowed(size: int) -> int:
-    """How much work a loss may do on a datum of ``size`` numbers (targets and inputs).
+def work_allowed(num_tokens: int, size: int) -> int:
+    """How much work a loss may do on a datum.
 
-    In proportion to the datum, so that a pass of many small data is bounded like one of a large
-    one: 32,768 for each number and 64 nodes' worth more. Up to 2**25, 134 MB in float32, or 64
-    numbers for each of the datum's if that is more.
+    In proportion to its tokens, by which passes are cut and tenants take turns, so that many small
+    data take no longer than a large one: 16,384 for each and 64 nodes' worth more, and 64 for each
+    number that is given. Up to 2**25, or those 64 if they are more, but 2**27 at the very most,
+    1 GiB in float64.
+
+    Args:
+        num_tokens: Of the datum.
+        size: Numbers that the loss is given: logprobs and inputs.
     """
-    return min(64 * _NODE + 2**15 * size, max(2**25, 64 * size))
+    most = min(max(2**25, 64 * size), 2**27)
+    return min(64 * _NODE + 2**14 * num_tokens + 64 * size, most)
 
 
 def evaluate(
@@ -100,21 +114,22 @@ def evaluate(
 
 
 def _run(program: Program, given: list[Tensor]) -> list[Any]:
-    allowed = work_allowed(sum(tensor.numel() for tensor in given))
+    allowed = work_allowed(len(given[0]), sum(tensor.numel() for tensor in given))
     values: list[Any] = list(given)
     done = 0
     for step in program.steps:
         try:
             args = [_argument(arg, values) for arg in step.args]
             kwargs = {name: _argument(arg, values) for name, arg in step.kwargs.items()}
-            done += _NODE + max(largest(*args, **kwargs), _work(step, args, kwargs))
+            work = max(largest(*args, **kwargs), _work(step, args, kwargs))
+            done += _NODE + SLOW.get(step.operator, 1) * work
             if done > allowed:
                 raise Refused(
                     f"the loss is more work than is allowed for a datum of this size ({allowed} "
                     "numbers over all nodes); make smaller intermediate tensors"
                 )
             result = FUNCTIONS[step.operator](*args, **kwargs)
-            _check(result)
+            _check(result, allowed)
         except Exception as error:  # whatever torch raises, it is about the tenant's graph
             raise CustomLossFailed(f"node {step.label}: {_first_line(error)}") from error
         values.append(result)
@@ -146,12 +161,14 @@ def _argument(arg: Any, values: list[Any]) -> Any:
             return arg
 
 
-def _check(result: Any) -> None:
+def _check(result: Any, allowed: int) -> None:
     """Only values that the operators are made for go on."""
     match result:
         case Tensor():
             if result.layout is not torch.strided or result.is_complex():
                 raise Refused("its result is no tensor of real numbers")
+            if extent(result.shape) > allowed:  # an empty one may have any shape
+                raise Refused("its result has too large a shape")
         case bool() | float() | torch.dtype() | torch.device():
             pass
         case int():
@@ -162,7 +179,7 @@ def _check(result: Any) -> None:
             if len(items) > MAX_PIECES:
                 raise Refused(f"its result has more than {MAX_PIECES} parts")
             for item in items:
-                _check(item)
+                _check(item, allowed)
         case _:
             raise Refused("its result is not of a kind that a loss can go on with")
 

@@ -158,14 +158,14 @@ class Trainer:
         self._queues.add(work)
         self._residency.work_added(work)
 
-    def cancel_run(self, run: RunId) -> tuple[str, ...]:
-        """Forget a run's queued work; it gets no completion. The run itself stays.
+    def drop_run(self, run: RunId) -> tuple[str, ...]:
+        """Free a run and forget its queued work; an unknown run is no error.
 
         Returns:
-            The ids of the forgotten work.
+            The ids of the forgotten work, which gets no completion.
         """
         works = self._cancel(run)
-        self._residency.work_ended(run, stepped=False)
+        self._residency.drop(run)
         return works
 
     def _cancel(self, run: RunId) -> tuple[str, ...]:
@@ -173,12 +173,6 @@ class Trainer:
         for work in works:
             self._progress.pop(work.id, None)
         return tuple(work.id for work in works)
-
-    def drop_run(self, run: RunId) -> tuple[str, ...]:
-        """Free a run and forget its work as ``cancel_run`` does; an unknown run is no error."""
-        works = self._cancel(run)
-        self._residency.drop(run)
-        return works
 
     def forget_all(self) -> None:
         """Do ``drop_run`` for every run there is, and every one that there is work for."""

@@ -66,7 +66,9 @@ def run_pass(
     rows = [(i, row) for i, part in enumerate(parts) for row in range(len(part.data))]
     lengths = [len(parts[i].data[row].tokens) for i, row in rows]
     # In this thread: the same for every slice, however the rows are cut.
-    looks = base.look([datum.images for part in parts for datum in part.data])
+    looks: dict[bytes, Tensor] = {}
+    for part in parts:
+        looks |= base.look([datum.images for datum in part.data], part.owner)
     shares = [_share(parts, [rows[i] for i in cut]) for cut in lanes.cut(lengths)]
     with ExitStack() as stack:
         if sum(lengths) > config.checkpoint_tokens and base.can_checkpoint:

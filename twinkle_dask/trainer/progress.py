@@ -40,6 +40,7 @@ class Progress:
             gradient=self.gradient,
             loss=self.body.loss,
             data=[self.body.data[row] for row in rows],
+            owner=self.work.tenant,
         )
 
     def add(self, row: int, result: Result) -> None:

@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from twinkle_dask.trainer.work import Work
-from twinkle_dask.types import ForwardBackward, RunId, TenantId
+from twinkle_dask.types import CustomLoss, ForwardBackward, RunId, TenantId
+
+# A custom loss takes its time for each datum, however short that is.
+_LEAST_OF_CUSTOM = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,13 @@ class _Open:
 
     @property
     def next_tokens(self) -> int:
-        return len(self.body.data[self.rows[self.given]].tokens)
+        return _tokens_charged(self.body, self.rows[self.given])
+
+
+def _tokens_charged(body: ForwardBackward, row: int) -> int:
+    """What a row counts for, in budgets and between tenants."""
+    tokens = len(body.data[row].tokens)
+    return max(tokens, _LEAST_OF_CUSTOM) if isinstance(body.loss, CustomLoss) else tokens
 
 
 @dataclass(slots=True)

@@ -85,10 +85,13 @@ class _Document:
             after = int(np.searchsorted(ends, start + self._piece_bytes, side="right"))
             after = max(after, num + 1)
             end = int(ends[after - 1])
-            if end - start > self._piece_bytes:
-                self._put_large(out, start, end, level)
+            empty = len(ends) == 1
+            if end - start <= self._piece_bytes:
+                self._put_small(out, start, end, empty=empty)
+            elif not self._document[start:end].strip(b" \t\r\n"):
+                self._put_small(out, start, start, empty=empty)  # nothing but spaces
             else:
-                self._put_small(out, start, end, empty=len(ends) == 1)
+                self._put_large(out, start, end, level)
             num, start = after, end + 1
         return out
 
@@ -105,9 +108,7 @@ class _Document:
             raise self._no_json("a comma follows nothing or precedes nothing", start)
 
     def _put_large(self, out: _Container, start: int, end: int, level: int) -> None:
-        if not self._document[start:end].strip(b" \t\r\n"):
-            self._put_small(out, start, start, empty=False)  # nothing but spaces
-        elif isinstance(out, list):
+        if isinstance(out, list):
             out.append(self.value(start, end, level + 1))
         else:
             first = int(np.searchsorted(self._places, start))

@@ -94,6 +94,13 @@ async def read_bytes(request: Request) -> bytes:
     return await asyncio.to_thread(unpack, body, max_bytes)
 
 
+async def size_of(request: Request) -> int:
+    """How large a body is that was read; of a compressed one, how large it may be unpacked."""
+    if request.headers.get("content-encoding", "").strip().lower() in {"", "identity"}:
+        return len(await request.body())
+    return _config(request).max_decoded_bytes
+
+
 def is_protobuf(request: Request) -> bool:
     """Whether the body says it is protobuf."""
     return _media_type(request) in {PROTOBUF, "application/protobuf"}

@@ -10,7 +10,7 @@ from twinkle_dask_gateway.tinker.addresses import parse_address
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
 from twinkle_dask_gateway.tinker.openapi import gives, takes
-from twinkle_dask_gateway.tinker.reading import aside, read
+from twinkle_dask_gateway.tinker.reading import aside, read, size_of
 
 routes = APIRouter(route_class=TinkerRoute)
 
@@ -21,8 +21,9 @@ async def asample(
 ) -> Response:
     """Draw continuations of a prompt."""
     body = await read(request, wire.Sample)
-    size = len(await request.body())
-    asked = await aside(size, config, lambda: codec_sampling.sample_request_of(body))
+    asked = await aside(
+        await size_of(request), config, lambda: codec_sampling.sample_request_of(body)
+    )
     ticket = await service.sampling.sample(
         tenant,
         SamplerId(body.sampling_session_id),

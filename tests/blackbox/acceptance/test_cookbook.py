@@ -27,7 +27,7 @@ RL = {
     "learning_rate": 0.001,
     "eval_every": 0,
     "save_every": 0,
-    "max_steps": 8,
+    "max_steps": 14,
 }
 REWARD = "env/all/reward/total"
 
@@ -81,7 +81,11 @@ def always_seven(cookbook: Cookbook, log: str, **settings: object) -> Run:
 
 
 def rises(values: Sequence[float], by: float) -> bool:
-    """Whether the last third lies above the first third."""
+    """Whether the last third lies above the first third.
+
+    Samples are drawn freshly in each run. A step's mean over 64 of them is off by 0.06 (the
+    standard error of a coin), so the difference of two thirds of 14 steps is off by 0.04.
+    """
     third = max(1, len(values) // 3)
     return fmean(values[-third:]) > fmean(values[:third]) + by
 
@@ -125,14 +129,14 @@ def test_92_rl_loop_raises_the_reward(cookbook: Cookbook, taught: Run) -> None:
         max_tokens=20,
         learning_rate=0.001,
         save_every=0,
-        max_steps=10,
+        max_steps=14,
     )
     assert rises(run.series("reward/total"), by=0.1)
 
 
 def test_92_rl_in_step(cookbook: Cookbook, taught: Run) -> None:
     run = cookbook.recipe("math_rl.train", "rl_sync", load_checkpoint_path=taught.state, **RL)
-    assert rises(run.series(REWARD), by=0.15)
+    assert rises(run.series(REWARD), by=0.1)
 
 
 def test_92_rl_one_step_off_policy(cookbook: Cookbook, taught: Run) -> None:
@@ -182,15 +186,15 @@ def test_92_distillation_on_policy(cookbook: Cookbook, taught: Run, knows_seven:
         teacher_model=MODEL,
         teacher_checkpoint=knows_seven.sampler,
         groups_per_batch=8,
-        group_size=4,
+        group_size=8,
         max_tokens=20,
         learning_rate=0.001,
         eval_every=0,
         save_every=0,
-        max_steps=10,
+        max_steps=14,
     )
     divergence = run.series("teacher_kl")
-    assert divergence[-1] < divergence[0] / 2
+    assert fmean(divergence[-3:]) < 0.7 * divergence[0]
 
 
 def test_92_distillation_off_policy(cookbook: Cookbook, taught: Run, knows_seven: Run) -> None:

@@ -27,7 +27,9 @@ CheckpointName = Annotated[
     str, Field(json_schema_extra={"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$", "maxLength": 128})
 ]
 TtlS = Annotated[int, Field(json_schema_extra={"minimum": 3600, "maximum": 315_360_000})]
-MAX_RUN_SEQ = 2**31 - 1  # protobuf has no more
+# Of what a run is asked for, of the runs of a session and of its samplers: neither protobuf nor the
+# columns of the database hold more.
+MAX_RUN_SEQ = 2**31 - 1
 RunSeq = Annotated[int, Field(ge=0, le=MAX_RUN_SEQ)]
 
 

@@ -2,21 +2,31 @@
 
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from twinkle_dask.types import LossName
 from twinkle_dask_gateway.tinker.counting import check_num_data
 from twinkle_dask_gateway.tinker.wire.base import Asked, Id, RunSeq
 from twinkle_dask_gateway.tinker.wire.values import ModelInput, TensorData
 
+_MAX_NAMED = 64
+
+
+def _few(value: Any) -> Any:
+    # Before they are looked at one by one.
+    if isinstance(value, dict) and len(cast(dict[str, Any], value)) > _MAX_NAMED:
+        raise ValueError(f"it may have {_MAX_NAMED} fields")
+    return cast(Any, value)
+
+
+_Few = (BeforeValidator(_few), Field(json_schema_extra={"maxProperties": _MAX_NAMED}))
+
 
 class Datum(Asked):
-    """Provenance spans are read by no loss here, but RL loops always attach them."""
+    """One row of a batch. Provenance spans come with protobuf only."""
 
     model_input: ModelInput
-    loss_fn_inputs: dict[str, TensorData]
-    model_input_spans: Any = None
-    loss_fn_input_spans: Any = None
+    loss_fn_inputs: Annotated[dict[str, TensorData], *_Few]
 
 
 class ForwardBackwardInput(Asked):
@@ -24,7 +34,7 @@ class ForwardBackwardInput(Asked):
 
     data: list[Datum]
     loss_fn: Annotated[str, Field(json_schema_extra={"enum": [*LossName]})]
-    loss_fn_config: dict[str, float | str] | None = None
+    loss_fn_config: Annotated[dict[str, float | str], *_Few] | None = None
 
     @field_validator("data", mode="before")
     @classmethod

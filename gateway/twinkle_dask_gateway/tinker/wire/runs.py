@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from pydantic import field_validator, model_validator
 
-from twinkle_dask_gateway.tinker.wire.base import Asked, Id, RunSeq, Seq
+from twinkle_dask_gateway.tinker.wire.base import Asked, Id, RunSeq
 
 _FULL = (
     "training of all parameters is not supported. This server trains LoRA adapters; give a "
@@ -52,7 +52,7 @@ class CreateModel(Asked):
     """``POST create_model``."""
 
     session_id: Id
-    model_seq_id: Seq
+    model_seq_id: RunSeq
     base_model: str
     user_metadata: dict[str, Any] | None = None
     lora_config: LoraConfig

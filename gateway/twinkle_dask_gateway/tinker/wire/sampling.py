@@ -1,16 +1,22 @@
 """Bodies that make samplers and draw from them."""
 
-from pydantic import model_validator
+from typing import Annotated, TypeVar
 
-from twinkle_dask_gateway.tinker.wire.base import Address, Asked, Id, Seq
+from pydantic import Field, model_validator
+
+from twinkle_dask_gateway.tinker.wire.base import Address, Asked, Id, RunSeq, Seq
 from twinkle_dask_gateway.tinker.wire.values import ModelInput, TensorData
+
+_T = TypeVar("_T")
+# More than may be served; what is longer is not looked at one by one.
+_Stops = Annotated[list[_T], Field(max_length=1024)]
 
 
 class CreateSamplingSession(Asked):
     """``POST create_sampling_session``; the checkpoint wins over the model."""
 
     session_id: Id
-    sampling_session_seq_id: Seq
+    sampling_session_seq_id: RunSeq
     base_model: str | None = None
     model_path: Address | None = None
 
@@ -32,7 +38,7 @@ class SamplingParams(Asked):
 
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | _Stops[str] | _Stops[int] | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0

@@ -1,16 +1,27 @@
 """Bodies about the service and its sessions."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, Field
+from pydantic import AfterValidator, AwareDatetime, Field
 
 from twinkle_dask_gateway.tinker.wire.base import Asked, Id, Told
+
+
+def _utc(when: datetime) -> datetime:
+    try:
+        return when.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("out of range in UTC") from None
+
+
+UtcTime = Annotated[AwareDatetime, AfterValidator(_utc)]
 
 
 class CreateSession(Told):
     """``POST create_session``."""
 
-    tags: list[str] | None = None
+    tags: Annotated[list[str], Field(max_length=1024)] | None = None
     user_metadata: dict[str, Any] | None = None
     sdk_version: str | None = None
     project_id: str | None = None
@@ -61,7 +72,7 @@ class SessionStatusQuery(Told):
 class SearchCursor(Told):
     """Where a page begins, as the page before said."""
 
-    last_created_at: AwareDatetime
+    last_created_at: UtcTime
     last_session_id: Id
 
 

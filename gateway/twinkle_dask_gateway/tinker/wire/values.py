@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import WithJsonSchema
+from pydantic import FailFast, Field, WithJsonSchema
 
 from twinkle_dask_gateway.tinker.wire.base import Asked
 
@@ -32,7 +32,10 @@ _IMAGE = {
     "required": ["data", "format"],
 }
 Chunks = Annotated[
-    list[dict[str, Any]], WithJsonSchema({"type": "array", "items": {"anyOf": [_TEXT, _IMAGE]}})
+    list[dict[str, Any]],
+    # A report on each of a million wrong items would take the interpreter's lock for seconds.
+    FailFast(),
+    WithJsonSchema({"type": "array", "items": {"anyOf": [_TEXT, _IMAGE]}}),
 ]
 
 
@@ -41,7 +44,7 @@ class TensorData(Asked):
 
     data: Numbers
     dtype: Literal["int64", "float32"]
-    shape: list[int] | None = None
+    shape: Annotated[list[int], Field(max_length=64)] | None = None
     sparse_crow_indices: Integers | None = None
     sparse_col_indices: Integers | None = None
 

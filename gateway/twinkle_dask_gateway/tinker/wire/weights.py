@@ -10,7 +10,6 @@ from twinkle_dask_gateway.tinker.wire.base import (
     CheckpointName,
     Id,
     RunSeq,
-    Seq,
     TtlS,
 )
 from twinkle_dask_gateway.tinker.wire.runs import OptimizerConfig
@@ -35,7 +34,7 @@ class SaveWeightsForSampler(Asked):
 
     model_id: Id
     path: CheckpointName | None = None
-    sampling_session_seq_id: Seq | None = None
+    sampling_session_seq_id: RunSeq | None = None
     kind: Literal["snapshot", "inflight"] | None = "snapshot"
     seq_id: RunSeq | None = None
     ttl_seconds: TtlS | None = None
@@ -57,7 +56,7 @@ class SaveWeightsExternal(Asked):
     path: CheckpointName
     seq_id: RunSeq | None = None
     ttl_seconds: TtlS | None = None
-    age_encryption_recipients: list[str] | None = None
+    age_encryption_recipients: Annotated[list[str], Field(max_length=1024)] | None = None
 
 
 class LoadWeights(Asked):
@@ -66,7 +65,7 @@ class LoadWeights(Asked):
     model_id: Id | None = None
     seq_id: RunSeq | None = None
     session_id: Id | None = None
-    model_seq_id: Seq | None = None
+    model_seq_id: RunSeq | None = None
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
     path: Address
