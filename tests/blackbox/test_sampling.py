@@ -1,7 +1,6 @@
-"""Samples: what they are worth in numbers, when they end, and that they disturb nobody."""
+"""Samples beside other work: they disturb nobody, and nobody disturbs them."""
 
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +8,8 @@ import tinker
 
 from tests.blackbox.conftest import KEY, MODEL
 from tests.blackbox.data import batch, datum, random_tokens, train_one_step
-from tests.blackbox.sampling import sample, teach, tokens_of
-from tests.sampler.plain import PlainModel
+from tests.blackbox.sampling import sample, tokens_of
 from twinkle_dask import LocalService
-
-
-@pytest.fixture(scope="module")
-def plain(model_folder: Path) -> PlainModel:
-    return PlainModel(model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +23,6 @@ def shared(service: LocalService) -> Generator[tinker.ServiceClient]:
 def base(shared: tinker.ServiceClient) -> tinker.SamplingClient:
     """A sampler of the untouched model."""
     return shared.create_sampling_client(base_model=MODEL).result()
-
-
-@pytest.fixture(scope="module")
-def taught_run(shared: tinker.ServiceClient) -> tinker.TrainingClient:
-    """A run that has learnt one sentence by heart; no test trains it further."""
-    run = shared.create_lora_training_client(MODEL, rank=8, seed=1).result()
-    teach(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def taught(taught_run: tinker.TrainingClient) -> tinker.SamplingClient:
-    return taught_run.save_weights_and_get_sampling_client().result()
 
 
 # ---- many at a time
