@@ -136,7 +136,7 @@ def test_92_rl_loop_raises_the_reward(cookbook: Cookbook, taught: Run) -> None:
 
 def test_92_rl_in_step(cookbook: Cookbook, taught: Run) -> None:
     run = cookbook.recipe("math_rl.train", "rl_sync", load_checkpoint_path=taught.state, **RL)
-    assert rises(run.series(REWARD), by=0.1)
+    assert rises(run.series(REWARD), by=0.15)
 
 
 def test_92_rl_one_step_off_policy(cookbook: Cookbook, taught: Run) -> None:
@@ -168,16 +168,15 @@ def test_92_dpo_prefers_the_chosen(cookbook: Cookbook, taught: Run) -> None:
     run = cookbook.recipe(
         *("preference.dpo.train", "dpo"),
         load_checkpoint_path=taught.state,
-        batch_size=16,
+        batch_size=8,
         learning_rate=0.003,
         max_length=256,
     )
     losses = run.series("dpo_loss")
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # pyright: ignore[reportUnknownMemberType]
-    # Where it ends depends on the adapter's first values, which are drawn: 0.40 to 0.55 were seen.
-    assert losses[-1] < 0.62
-    assert run.series("accuracy")[-1] > 0.8
-    assert run.series("margin")[-1] > 0.2
+    assert losses[-1] < 0.5
+    assert run.series("accuracy")[-1] > 0.9
+    assert run.series("margin")[-1] > 0.5
 
 
 def test_92_distillation_on_policy(cookbook: Cookbook, taught: Run, knows_seven: Run) -> None:
@@ -195,7 +194,7 @@ def test_92_distillation_on_policy(cookbook: Cookbook, taught: Run, knows_seven:
         max_steps=14,
     )
     divergence = run.series("teacher_kl")
-    assert fmean(divergence[-3:]) < 0.7 * divergence[0]
+    assert fmean(divergence[-3:]) < divergence[0] / 2
 
 
 def test_92_distillation_off_policy(cookbook: Cookbook, taught: Run, knows_seven: Run) -> None:
