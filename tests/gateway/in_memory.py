@@ -487,11 +487,13 @@ class InMemoryService:
             raise NotFound(f"There is no checkpoint {address.name!r}.")
         return info
 
-    async def _checkpoints_of_run(self, tenant: Tenant, run: RunId) -> tuple[CheckpointInfo, ...]:
+    async def _checkpoints_of_run(
+        self, tenant: Tenant, run: RunId, *, exports: bool = True
+    ) -> tuple[CheckpointInfo, ...]:
         return tuple(self._run(run).checkpoints.values())
 
     async def _checkpoint_page(
-        self, tenant: Tenant, limit: int, offset: int
+        self, tenant: Tenant, limit: int, offset: int, *, exports: bool = True
     ) -> Page[CheckpointInfo]:
         infos = tuple(info for run in self._runs.values() for info in run.checkpoints.values())
         page = infos[offset : offset + limit]

@@ -106,8 +106,12 @@ class Checkpoints:
         """What is recorded under an address."""
         return describe(await self.readable(tenant.id, address))
 
-    async def of_run(self, tenant: Tenant, run: RunId) -> tuple[CheckpointInfo, ...]:
+    async def of_run(
+        self, tenant: Tenant, run: RunId, *, exports: bool = True
+    ) -> tuple[CheckpointInfo, ...]:
         """A run's named checkpoints, oldest first; of another tenant's run the public ones.
+
+        Without ``exports``, only what can be loaded here.
 
         Raises:
             NotFound: No such run of this tenant, nor one of another's that has public ones.
@@ -115,11 +119,16 @@ class Checkpoints:
         records = await self._store.checkpoints.for_run(tenant.id, run)
         if not records and await self._store.runs.get(tenant.id, run) is None:
             raise NotFound(f"There is no run {run!r}.")
-        return tuple(describe(record) for record in records)
+        wanted = (r for r in records if exports or r.kind is not CheckpointKind.EXTERNAL)
+        return tuple(describe(record) for record in wanted)
 
-    async def page(self, tenant: Tenant, limit: int, offset: int) -> Page[CheckpointInfo]:
-        """All of a tenant's named checkpoints, newest first."""
-        records, total = await self._store.checkpoints.page(tenant.id, limit, offset)
+    async def page(
+        self, tenant: Tenant, limit: int, offset: int, *, exports: bool = True
+    ) -> Page[CheckpointInfo]:
+        """All of a tenant's named checkpoints, newest first; ``exports`` as in ``of_run``."""
+        records, total = await self._store.checkpoints.page(
+            tenant.id, limit, offset, exports=exports
+        )
         items = tuple(describe(record) for record in records)
         return Page(items=items, total=total, limit=limit, offset=offset)
 

@@ -119,9 +119,13 @@ class Checkpoints:
             CheckpointRecord, select(t).where(named).order_by(t.c.created_at, t.c.id)
         )
 
-    async def page(self, tenant: TenantId, limit: int, offset: int) -> Page[CheckpointRecord]:
+    async def page(
+        self, tenant: TenantId, limit: int, offset: int, *, exports: bool = True
+    ) -> Page[CheckpointRecord]:
         """The tenant's own named checkpoints, newest first, and their total number."""
         named = and_(t.c.tenant_id == tenant, t.c.name.is_not(None), _live())
+        if not exports:
+            named = and_(named, t.c.kind != CheckpointKind.EXTERNAL)
         return await self._database.page(CheckpointRecord, t, named, limit, offset)
 
     async def set_expiry(self, checkpoint: str, when: datetime | None) -> bool:

@@ -17,6 +17,7 @@ from twinkle_dask_gateway.tinker.paging import Limit, Offset
 from twinkle_dask_gateway.tinker.readers import reader_of
 from twinkle_dask_gateway.tinker.reading import read
 from twinkle_dask_gateway.tinker.routes_downloads import DOWNLOADS
+from twinkle_dask_gateway.tinker.sdk_versions import KnowsExports
 
 routes = APIRouter(route_class=TinkerRoute)
 
@@ -28,10 +29,10 @@ _MAX_TOKEN_LENGTH = 8192
 
 @routes.get("/training_runs/{run}/checkpoints")
 async def list_run_checkpoints(
-    run: str, service: ServiceDep, tenant: TenantDep
+    run: str, service: ServiceDep, tenant: TenantDep, exports: KnowsExports
 ) -> replies.Checkpoints:
     """The checkpoints of one run; of another tenant's run those that are public."""
-    found = await service.checkpoints.of_run(tenant, RunId(run))
+    found = await service.checkpoints.of_run(tenant, RunId(run), exports=exports)
     return replies.Checkpoints(checkpoints=[codec.checkpoint(info) for info in found])
 
 
@@ -73,10 +74,14 @@ async def unpublish_checkpoint(
 
 @routes.get("/checkpoints")
 async def list_checkpoints(
-    service: ServiceDep, tenant: TenantDep, limit: Limit = 100, offset: Offset = 0
+    service: ServiceDep,
+    tenant: TenantDep,
+    exports: KnowsExports,
+    limit: Limit = 100,
+    offset: Offset = 0,
 ) -> replies.Checkpoints:
     """The tenant's checkpoints over all runs."""
-    page = await service.checkpoints.page(tenant, limit, offset)
+    page = await service.checkpoints.page(tenant, limit, offset, exports=exports)
     return replies.Checkpoints(
         checkpoints=[codec.checkpoint(info) for info in page.items], cursor=codec.cursor(page)
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tinker
 
 from tests.blackbox.conftest import KEY, MODEL
 from tests.blackbox.other_clients import CLIENTS, python_of, run_client
@@ -27,6 +28,14 @@ def walked(version: str, service: LocalService, folder: Path) -> Told:
     told: Told = json.loads(output.splitlines()[-1])
     assert told["version"] == version
     return told
+
+
+@pytest.fixture(scope="module", autouse=True)
+def an_export(service: LocalService) -> str:
+    """Something in their tenant's lists that they have no word for."""
+    with tinker.ServiceClient(base_url=service.url, api_key=KEY) as client:
+        run = client.create_lora_training_client(MODEL, rank=4).result()
+        return run.save_weights_external("export").result().path
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,15 @@ def close(expected: object) -> Any:
 def test_a_missing_environment_names_its_make_target() -> None:
     with pytest.raises(FileNotFoundError, match="make clients"):
         python_of("tinker-0.0.0")
+
+
+@pytest.mark.parametrize("told", ["oldest", "older"])
+def test_90_lists_leave_out_what_they_cannot_read(
+    told: str, an_export: str, request: pytest.FixtureRequest
+) -> None:
+    listed = request.getfixturevalue(told)["all_listed"]
+    assert listed
+    assert an_export not in listed
 
 
 # ---- what they ask for
