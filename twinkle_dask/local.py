@@ -48,6 +48,7 @@ def local_service(
     data_dir: Path | str | None = None,
     log_file: Path | str | None = None,
     start_timeout_s: float = 900.0,
+    python: Path | str = sys.executable,
     **settings: Any,
 ) -> Generator[LocalService]:
     """Start a service, wait until it answers, and stop it at the end of the block.
@@ -57,6 +58,7 @@ def local_service(
         data_dir: Kept if given; else a temporary folder that is removed.
         log_file: Where the server's log goes; by default into the data folder.
         start_timeout_s: Longest wait for the model.
+        python: An interpreter that has the server, where this one does not.
         **settings: Anything else that ``twinkle-dask serve --config`` takes, for example
             ``dtype="float32"`` or ``api_keys=["tml-..."]``.
 
@@ -86,7 +88,7 @@ def local_service(
         log = stack.enter_context(log_path.open("ab"))
         child = subprocess.Popen(
             [
-                sys.executable,
+                str(python),
                 "-m",
                 "twinkle_dask.cli",
                 "serve",

@@ -34,6 +34,10 @@ class LoraSpec:
         train_attn: Adapt the projections of attention (and linear attention) layers.
         train_mlp: Adapt the projections of feed-forward layers.
         train_unembed: Adapt the output head.
+        targets: Names of linear modules to adapt, the last part of their path or more of it; the
+            ``train_`` flags are not looked at then. None goes by the flags.
+        dropout: Share of an adapter's inputs that are left out while it learns.
+        rslora: Scale by ``alpha / sqrt(rank)``.
     """
 
     rank: int
@@ -42,6 +46,9 @@ class LoraSpec:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
 
 
 class LossName(StrEnum):
@@ -137,11 +144,27 @@ class Datum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackward:
-    """Add the gradient of a summed loss to a run, or only evaluate it (``backward=False``)."""
+    """Add the gradient of a summed loss to a run, or only evaluate it (``backward=False``).
+
+    Attributes:
+        adapter: False computes with the base model alone; only without ``backward``.
+        temperature: Logits are divided by it before anything else.
+        raw_scores: The scores of targets are logits, not log-probabilities; so are slopes by them.
+        want_correct: Also tell at which targets the likeliest token is the target.
+        dropout_seed: Draws what the adapter's dropout leaves out; the same seed and data leave out
+            the same. None leaves out nothing.
+        num_counted: What this batch adds to the run's ``gradient_tokens`` if it has a gradient.
+    """
 
     data: tuple[Datum, ...]
     loss: Loss
     backward: bool = True
+    adapter: bool = True
+    temperature: float = 1.0
+    raw_scores: bool = False
+    want_correct: bool = False
+    dropout_seed: int | None = None
+    num_counted: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -178,6 +201,99 @@ class OptimStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSpec:
+    """An optimizer of ``twinkle_dask.optimizers`` with its settings, checked there."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSpec:
+    """A learning rate schedule of ``twinkle_dask.optimizers`` with its settings, checked there."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipGradient:
+    """Divide the gradient by the run's ``gradient_tokens``, then clip its global norm.
+
+    Attributes:
+        norm_type: Of the norm, for example 2, or infinity.
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientStep:
+    """Any of the parts of an optimizer step, in this order; nothing between boundaries.
+
+    A boundary is where the number of gradients since the last one is ``accumulation`` or more.
+
+    Attributes:
+        clip: None leaves the gradient as it is.
+        step: Take a step with this optimizer; None takes none.
+        schedule: What the learning rate follows; None keeps the optimizer's own.
+        zero: Forget the gradient, and what was counted with it.
+        advance: Move the schedule on by one.
+        accumulation: At least 1.
+    """
+
+    clip: ClipGradient | None = None
+    step: OptimizerSpec | None = None
+    schedule: SchedulerSpec | None = None
+    zero: bool = False
+    advance: bool = False
+    accumulation: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientStepResult:
+    """What a ``GradientStep`` did.
+
+    Attributes:
+        done: False between boundaries, where nothing happened.
+        grad_norm: Before clipping; None without ``clip`` or between boundaries.
+        learning_rate: That the next step will use; None if no optimizer was given.
+        steps: Optimizer steps the run has taken so.
+    """
+
+    done: bool
+    grad_norm: float | None
+    learning_rate: float | None
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embed:
+    """Embed rows: the final hidden state of each row's last token, scaled to length 1.
+
+    Attributes:
+        rows: Tokens of each row, int32 (N,).
+        slopes: Derivative of a loss by each row's embedding, float32 (D,); with them the gradient
+            is added to the run. None only embeds.
+        dropout_seed: As in ``ForwardBackward``; so ``adapter`` and ``num_counted``.
+    """
+
+    rows: tuple[Int32Array, ...]
+    slopes: tuple[Float32Array, ...] | None = None
+    adapter: bool = True
+    dropout_seed: int | None = None
+    num_counted: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedResult:
+    """``embeddings``: float32 (B, D)."""
+
+    embeddings: Float32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackwardResult:
     """What a forward or forward_backward gives back.
 
@@ -187,10 +303,12 @@ class ForwardBackwardResult:
         metrics: Finite numbers under names of the form ``x:suffix`` (the suffix says how chunks
             combine); ``loss:sum`` is always there. ``docs/losses.md`` lists them. Those of a
             custom loss (``custom/``) may be infinite or NaN.
+        correct: If asked for: per datum, bool of the shape of its ``target_tokens``.
     """
 
     logprobs: tuple[Float32Array, ...]
     metrics: Mapping[str, float]
+    correct: tuple[NDArray[np.bool_], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,17 +511,40 @@ class OptimizerState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepState:
+    """What ``GradientStep`` goes by. The counters are of the run's life, not of one optimizer.
+
+    Attributes:
+        gradients: Backward passes since the last boundary.
+        gradient_tokens: Sum of their ``num_counted``.
+        steps: Optimizer steps taken.
+        schedule_steps: How often the schedule moved on.
+        optimizer: The optimizer that took the last step; None if there was none.
+        tensors: Its memory, as ``<weight's name>.<torch's word for it>``, and ``.step`` counters.
+    """
+
+    gradients: int = 0
+    gradient_tokens: float = 0.0
+    steps: int = 0
+    schedule_steps: int = 0
+    optimizer: str | None = None
+    tensors: Mapping[str, Float32Array] = field(default_factory=dict[str, Float32Array])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """Everything that makes a run go on as if it had never stopped.
 
     Attributes:
         optimizer: None where only weights are wanted; loading then starts a fresh optimizer.
         gradients: Accumulated and not yet spent, under the weights' names; None if there are none.
+        steps: None if no ``GradientStep`` was ever asked for, or only weights are wanted.
     """
 
     adapter: AdapterState
     optimizer: OptimizerState | None = None
     gradients: Mapping[str, Float32Array] | None = None
+    steps: StepState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,8 @@
+"""What a run is set to between calls."""
+
+revision = "0007"
+down_revision = "0006"
+
+
+def upgrade() -> None:
+    """Nothing yet."""
