@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from twinkle_dask import cli_keys
+from twinkle_dask import cli_keys, cli_user
 from twinkle_dask.errors import StartupError, TwinkleDaskError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_keys.app, name="keys")
+cli_user.add_commands(app)
 
 Models = Annotated[
     list[str] | None,

@@ -11,8 +11,10 @@
     │   ├── NotAuthenticated     401
     │   ├── NotPermitted         403
     │   ├── NotFound             404: no such thing, or somebody else's
-    │   └── Gone                 410
+    │   ├── Conflict             409: it is there already, or something else uses it
+    │   └── Gone                 410: ended, expired, or no more items
     ├── TryLater             429, 503: ask again after ``retry_after_s``
+    ├── SessionLost          the service ended the session: heartbeats did not reach it in time
     └── ServiceFault         5xx: the service's own failure; the message names its incident
 """
 
@@ -72,8 +74,19 @@ class NotFound(RequestRefused):
     """There is no such thing, or it belongs to another tenant."""
 
 
+class Conflict(RequestRefused):
+    """It is there already, or something else uses it at the moment."""
+
+
 class Gone(RequestRefused):
-    """It was there and has ended or expired."""
+    """It was there and has ended or expired; of an iteration: there are no more items."""
+
+
+class SessionLost(ClientError):
+    """The service has ended this client's session, and with it its runs and data sets.
+
+    What was saved is there still: make the run again and load it.
+    """
 
 
 class TryLater(ClientError):
@@ -100,6 +113,7 @@ _BY_STATUS: Mapping[int, type[ClientError]] = {
     401: NotAuthenticated,
     403: NotPermitted,
     404: NotFound,
+    409: Conflict,
     410: Gone,
     422: InvalidRequest,
 }

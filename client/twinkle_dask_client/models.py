@@ -4,9 +4,16 @@ The wire's names stand in the aliases, the attributes use our words. Fields this
 know are ignored, so a newer service is fine.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    RootModel,
+)
 
 
 class Reply(BaseModel):
@@ -60,7 +67,7 @@ class Checkpoint(Reply):
     user_metadata: dict[str, str] | None = None
 
 
-class Run(Reply):
+class RunInfo(Reply):
     """One adapter with its optimizer state and history.
 
     Attributes:
@@ -90,7 +97,7 @@ class Cursor(Reply):
 class RunPage(Reply):
     """Some of the tenant's runs, the newest first."""
 
-    runs: tuple[Run, ...] = Field(validation_alias="training_runs")
+    runs: tuple[RunInfo, ...] = Field(validation_alias="training_runs")
     cursor: Cursor
 
     @property
@@ -98,3 +105,19 @@ class RunPage(Reply):
         """Where the next page begins; None if this is the last one."""
         end = self.cursor.offset + len(self.runs)
         return end if self.runs and end < self.cursor.total else None
+
+
+class CheckpointList(Reply):
+    """The checkpoints of a run, oldest first."""
+
+    checkpoints: tuple[Checkpoint, ...]
+
+
+class SessionMade(Reply):
+    """A session, for as long as its heartbeats arrive."""
+
+    session_id: str
+
+
+class Nothing(RootModel[Any]):
+    """Whatever is said does not matter."""

@@ -1,7 +1,8 @@
 """When a request is tried again. No I/O and no clock: the services sleep, this only says how long.
 
-Only what can be repeated without harm is repeated (a GET), and only where time can help: the
-connection failed, or the service said 429 or 503.
+Only what can be repeated without harm is repeated, and only where time can help. What changes
+something (a step, a gradient) is sent again only if the service cannot have begun it: there was no
+connection yet, or it said 429. Anything else is sent again after 503 and broken connections too.
 """
 
 import random
@@ -11,11 +12,14 @@ from typing import Any
 
 import httpx
 
-from twinkle_dask_client.calls import Call
+from twinkle_dask_client.calls.base import Call
 from twinkle_dask_client.errors import BadReply, TryLater, Unreachable, error_for
 
 # The rest of httpx.RequestError, for example an unknown scheme, is the same on every attempt.
 _PASSING = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+# Nothing was sent.
+_BEFORE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_TOO_MANY = 429
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,8 @@ class Attempts:
         self._made += 1
         if isinstance(error, httpx.DecodingError):
             raise BadReply(f"{self._call.path} gave a reply that cannot be decoded") from error
-        if isinstance(error, _PASSING) and self._may_repeat:
+        harmless = self._call.repeatable or isinstance(error, _BEFORE)
+        if isinstance(error, _PASSING) and harmless and self._attempts_left:
             return self._pause_s
         what = str(error) or type(error).__name__
         tries = f" ({self._made} attempts)" if self._made > 1 else ""
@@ -75,7 +80,8 @@ class Attempts:
         if response.is_success:
             return None
         error = error_for(response)
-        if isinstance(error, TryLater) and self._may_repeat:
+        harmless = self._call.repeatable or response.status_code == _TOO_MANY
+        if isinstance(error, TryLater) and harmless and self._attempts_left:
             asked_s = error.retry_after_s
             if asked_s is None:
                 return self._pause_s
@@ -84,8 +90,8 @@ class Attempts:
         raise error
 
     @property
-    def _may_repeat(self) -> bool:
-        return self._call.repeatable and self._made < self._policy.attempts
+    def _attempts_left(self) -> bool:
+        return self._made < self._policy.attempts
 
     @property
     def _pause_s(self) -> float:

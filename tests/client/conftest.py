@@ -7,7 +7,7 @@ from typing import Protocol
 import httpx
 import pytest
 
-from twinkle_dask_client import AsyncService, Capabilities, RetryPolicy, Run, RunPage, Service
+from twinkle_dask_client import AsyncService, Capabilities, RetryPolicy, RunInfo, RunPage, Service
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -18,7 +18,7 @@ class Asking(Protocol):
     def health(self) -> None: ...
     def capabilities(self) -> Capabilities: ...
     def runs(self, *, limit: int = 20, offset: int = 0) -> RunPage: ...
-    def iter_runs(self, *, page_size: int = 100) -> Iterator[Run]: ...
+    def iter_runs(self, *, page_size: int = 100) -> Iterator[RunInfo]: ...
 
 
 class Awaited:
@@ -37,8 +37,8 @@ class Awaited:
     def runs(self, *, limit: int = 20, offset: int = 0) -> RunPage:
         return self._run(self._service.runs(limit=limit, offset=offset))
 
-    def iter_runs(self, *, page_size: int = 100) -> Iterator[Run]:
-        async def collect() -> list[Run]:
+    def iter_runs(self, *, page_size: int = 100) -> Iterator[RunInfo]:
+        async def collect() -> list[RunInfo]:
             return [run async for run in self._service.iter_runs(page_size=page_size)]
 
         return iter(self._run(collect()))

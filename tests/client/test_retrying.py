@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.client.conftest import Connect, Handler
-from twinkle_dask_client import RetryPolicy, ServiceFault, TryLater, Unreachable, calls
+from twinkle_dask_client import RetryPolicy, ServiceFault, TryLater, Unreachable
+from twinkle_dask_client.calls.base import Call
+from twinkle_dask_client.calls.service import health
 from twinkle_dask_client.models import Health
 from twinkle_dask_client.retrying import Attempts
 
@@ -81,29 +83,31 @@ def test_what_time_does_not_help_is_told_at_once(
     assert count() == 1
 
 
-def test_only_a_get_is_repeated() -> None:
-    post = calls.Call(method="POST", path="optim_step", reply=Health)
+def test_what_changes_something_is_repeated_only_if_it_cannot_have_begun() -> None:
+    post = Call(method="POST", path="optim_step", reply=Health)
     with pytest.raises(TryLater):
         Attempts(post, RetryPolicy()).after_reply(BUSY)
     with pytest.raises(Unreachable):
-        Attempts(post, RetryPolicy()).after_error(httpx.ConnectError("refused"))
+        Attempts(post, RetryPolicy()).after_error(httpx.ReadError("dropped"))
+    assert Attempts(post, RetryPolicy()).after_error(httpx.ConnectError("refused")) > 0
+    assert Attempts(post, RetryPolicy()).after_reply(httpx.Response(429)) is not None
 
 
 def test_the_services_wish_is_the_pause() -> None:
     reply = httpx.Response(429, headers={"retry-after": "7"})
-    assert Attempts(calls.health(), RetryPolicy()).after_reply(reply) == 7.0
+    assert Attempts(health(), RetryPolicy()).after_reply(reply) == 7.0
 
 
 def test_a_wish_beyond_our_patience_is_an_error() -> None:
     reply = httpx.Response(429, headers={"retry-after": "31"})
     with pytest.raises(TryLater) as caught:
-        Attempts(calls.health(), RetryPolicy(longest_pause_s=30)).after_reply(reply)
+        Attempts(health(), RetryPolicy(longest_pause_s=30)).after_reply(reply)
     assert caught.value.retry_after_s == 31
 
 
 def test_pauses_double_up_to_the_longest() -> None:
     policy = RetryPolicy(attempts=9, first_pause_s=1, longest_pause_s=5)
-    attempts = Attempts(calls.health(), policy, jitter=lambda: 0.0)
+    attempts = Attempts(health(), policy, jitter=lambda: 0.0)
     assert [attempts.after_reply(BUSY) for _ in range(5)] == [1, 2, 4, 5, 5]
 
 
