@@ -18,13 +18,14 @@ test test-blackbox test-others test-twinkle: export OMP_NUM_THREADS ?= 1
 # What clients do, once more with the service on a separate Dask cluster.
 ON_CLUSTER := $(addprefix tests/blackbox/,test_first_run.py $(addprefix acceptance/test_,training.py checkpoints.py samplers.py sampling_numbers.py))
 
-.PHONY: help setup clients demo test test-blackbox test-others test-twinkle check format bench proto clean
+.PHONY: help setup clients demo example test test-blackbox test-others test-twinkle check format bench proto clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   a virtual environment in $(VENV) from requirements.lock"
 	@echo "make clients the older SDKs and the cookbook that the tests run, each in its own environment"
 	@echo "make demo    fine-tune a real language model through the service and talk to it"
+	@echo "make example RUN=dpo/with_twinkle.py   an example, with a service of its own"
 	@echo "make test    the test suite (make test ARGS='tests/client -k retry' for a part)"
 	@echo "make check   ruff, pyright, import-linter"
 	@echo "make format  let ruff put the code in order"
@@ -53,6 +54,11 @@ $(VENV)/clients/%/.installed: tests/clients/%.txt $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/self_cognition/run.py $(ARGS)
+
+# For example: make example RUN=dpo/with_twinkle.py ARGS=--quick
+example: $(INSTALLED) $(CLIENTS)
+	$(BIN)/python examples/with_service.py \
+	  $(if $(findstring with_twinkle,$(RUN)),$(abspath $(VENV))/clients/twinkle-0.5.1/bin,$(BIN))/python examples/$(RUN) $(ARGS)
 
 # Half of the time goes into services that start and clients that wait, so two halves run side by side.
 test: $(INSTALLED) $(CLIENTS)

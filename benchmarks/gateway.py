@@ -24,8 +24,9 @@ from benchmarks._http import Connection, hammer
 from benchmarks._probed import Probed, probed_service
 from tests.blackbox.data import datum, random_tokens
 from tests.blackbox.wire import PROTOBUF, forward_backward_bytes
+from twinkle_dask_gateway import reading
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.tinker import codec_json, codec_proto, reading, tinker_pb2, wire
+from twinkle_dask_gateway.tinker import codec_json, codec_proto, tinker_pb2, wire
 from twinkle_dask_gateway.tinker.tensors import Growth
 
 _KEY = "tml-benchmark-tenant"

@@ -20,6 +20,7 @@ ENVIRONMENT_PREFIX = "TWINKLE_DASK_"
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _URL = re.compile(r"https?://[A-Za-z0-9._~:\[\]-]+(/[A-Za-z0-9._~-]+)*/?")
+_KEY = re.compile(r"[!-~]{8,512}")
 _HOST_AND_PORT = re.compile(r".+:[0-9]{1,5}")
 
 
@@ -64,7 +65,8 @@ class LimitConfig(Settings):
         max_data: Most data in one ``forward_backward``.
         max_samples: Largest ``num_samples``.
         max_alternatives: Most tokens that a sample request may have named or drawn at one place.
-        max_answer_bytes: Largest answer with the logprobs of such tokens, to one sample request.
+        max_answer_bytes: Largest answer with the logprobs of such tokens, to one sample request,
+            and of one call of a processor.
         max_images: Most images in one request.
         max_image_bytes: Largest image, as a file.
         max_image_pixels: Largest image, as width times height.
@@ -73,6 +75,19 @@ class LimitConfig(Settings):
         max_queued_bytes: Of requests that wait or are in progress, per tenant.
         max_runs: Runs of sessions that are alive, per tenant.
         max_samples_in_flight: Sample requests that wait or are drawn, per tenant.
+        max_input_tokens: Most tokens of one batch, or of one prompt times its samples; None leaves
+            that to the other limits.
+        operations_per_s: Batches, steps, saves and sample requests that a tenant may send in a
+            second, on average over ``rate_window_s``; None is no limit.
+        input_tokens_per_s: The same of their tokens.
+        rate_window_s: What rates are counted over.
+        queue_timeout_s: An operation that no host has taken for so long fails; None lets it wait.
+        run_lifetime_s: A run takes no more work after so long, whatever its session does; None is
+            no limit.
+        max_processors: Data sets, loaders and other processors of sessions that are alive, per
+            tenant.
+        processor_bytes: Files of all of a tenant's data sets together, saved data included.
+        max_inline_bytes: Rows that come with a request instead of from a file, as JSON.
         session_timeout_s: A session without heartbeat for so long expires; its runs leave the
             hosts' memory and stay in the store.
     """
@@ -91,6 +106,15 @@ class LimitConfig(Settings):
     max_queued_bytes: int = Field(default=2 * 2**30, gt=0)
     max_runs: int = Field(default=4096, gt=0)
     max_samples_in_flight: int = Field(default=20_000, gt=0)
+    max_input_tokens: int | None = Field(default=None, gt=0)
+    operations_per_s: float | None = Field(default=None, gt=0)
+    input_tokens_per_s: float | None = Field(default=None, gt=0)
+    rate_window_s: float = Field(default=1.0, gt=0, le=3600.0)
+    queue_timeout_s: float | None = Field(default=None, gt=0)
+    run_lifetime_s: float | None = Field(default=None, gt=0)
+    max_processors: int = Field(default=20, gt=0)
+    processor_bytes: int = Field(default=8 * 2**30, gt=0)
+    max_inline_bytes: int = Field(default=64 * 2**20, gt=0)
     session_timeout_s: float = Field(default=1800.0, gt=0)
 
 
@@ -106,6 +130,8 @@ class JournalConfig(Settings):
         gap_grace_s: An operation whose predecessor never arrives starts after so long.
         keep_idle_weights_s: Weights saved for one sampler alone are removed after so long without a
             sample, but for the newest of each run.
+        keep_saved_data_s: Rows that a tenant saved from a data set are removed after so long
+            without being read.
     """
 
     snapshot_operations: int = Field(default=100, gt=0)
@@ -115,6 +141,7 @@ class JournalConfig(Settings):
     prune_interval_s: float = Field(default=30.0, gt=0)
     gap_grace_s: float = Field(default=2.0, gt=0)
     keep_idle_weights_s: float = Field(default=7200.0, gt=0)
+    keep_saved_data_s: float = Field(default=30 * 86400.0, gt=0)
 
 
 class EngineConfig(Settings):
@@ -140,6 +167,24 @@ class EngineConfig(Settings):
     adapter_bytes: int | None = Field(default=None, gt=0)
     adapter_host_bytes: int | None = Field(default=None, gt=0)
     deterministic: bool = False
+
+
+class ProcessingConfig(Settings):
+    """Work on processors beside the engines: chat templates, tokenizing, data sets.
+
+    Attributes:
+        threads: Tasks that the embedded cluster's CPU worker does at the same time.
+        memory_bytes: Most memory of that worker; a task that exceeds it is ended and refused.
+        max_tasks: Tasks of one tenant at the same time.
+        max_waiting: Tasks of one tenant that may wait; more are refused until some are done.
+        timeout_s: Longest time of one task, waiting included.
+    """
+
+    threads: int = Field(default=4, gt=0)
+    memory_bytes: int = Field(default=4 * 2**30, ge=2**28)
+    max_tasks: int = Field(default=2, gt=0)
+    max_waiting: int = Field(default=1024, gt=0)
+    timeout_s: float = Field(default=300.0, gt=0)
 
 
 class TokenConfig(Settings):
@@ -178,6 +223,10 @@ class ServiceConfig(Settings):
         data_dir: Folder of everything durable; one server at a time.
         database_url: SQLAlchemy URL; None is SQLite in ``data_dir``.
         blob_url: fsspec URL of checkpoints and journal payloads; None is ``data_dir``.
+        save_roots: Folders below which Twinkle clients may have checkpoints written as PEFT folders
+            (``save_dir``); each tenant gets one of its own there.
+        upload_roots: Folders or fsspec URLs that Twinkle clients may upload checkpoints to, by
+            names of their choosing below a folder of the tenant's own.
         api_keys: Each is a tenant. None given: one is made and printed.
         scheduler: Address of a Dask scheduler; None starts an embedded cluster.
         dtype: Of the base weights.
@@ -188,6 +237,9 @@ class ServiceConfig(Settings):
         url_prefix: Path in front of every route, for example ``/tinker``.
         public_url: Where clients reach the service, as they are told it (with the prefix, if any);
             addresses of downloads begin with it. None takes the address of each request.
+        data_roots: Folders below which clients may name data files for data sets; every CPU worker
+            must see them. None given: no files.
+        allow_hub_datasets: Let clients name data sets of the Hugging Face hub.
         log_level: Least severe level written to standard error.
         start_timeout_s: Longest wait for workers and model loading.
     """
@@ -198,6 +250,8 @@ class ServiceConfig(Settings):
     data_dir: Path = Path("twinkle-data")
     database_url: str | None = None
     blob_url: str | None = None
+    save_roots: tuple[Path, ...] = ()
+    upload_roots: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     scheduler: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -207,11 +261,14 @@ class ServiceConfig(Settings):
     multiplex_polls: bool = False
     url_prefix: str = ""
     public_url: str | None = None
+    data_roots: tuple[Path, ...] = ()
+    allow_hub_datasets: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     start_timeout_s: float = Field(default=900.0, gt=0)
     limits: LimitConfig = LimitConfig()
     journal: JournalConfig = JournalConfig()
     engine: EngineConfig = EngineConfig()
+    processing: ProcessingConfig = ProcessingConfig()
     tokens: TokenConfig = TokenConfig()
     notices: NoticeConfig = NoticeConfig()
 
@@ -228,9 +285,11 @@ class ServiceConfig(Settings):
     @classmethod
     def _key_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for key in value:
-            if not key.startswith("tml-") or len(key) < 8:
-                # The official client refuses other forms before it sends anything.
-                raise ValueError("an API key starts with 'tml-' and has at least 8 characters")
+            if not _KEY.fullmatch(key):
+                raise ValueError(
+                    "an API key has 8 to 512 printable characters without spaces; the Tinker SDK "
+                    "sends only those that begin with 'tml-'"
+                )
         return value
 
     @field_validator("url_prefix")
@@ -388,6 +447,7 @@ def _known_names() -> list[str]:
         LimitConfig,
         JournalConfig,
         EngineConfig,
+        ProcessingConfig,
         TokenConfig,
         NoticeConfig,
     )

@@ -72,6 +72,10 @@ class OutOfOrder(RequestError):
         self.expected_seq = expected_seq
 
 
+class Conflict(RequestError):
+    """It does not go together with what is there already: a name that is taken, for example."""
+
+
 class SessionEnded(RequestError):
     """The session was finished or expired; nothing more can be done in it."""
 

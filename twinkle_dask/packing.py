@@ -9,7 +9,8 @@ The header is ``{"tree": ..., "arrays": [[dtype, shape, offset], ...]}``; every 
 multiple of 8 from the end of the padded header. In the tree ``{"$a": i}`` is array i, ``{"$b": i}``
 the same as bytes, and ``{"$t": name, ...fields}`` a value class. Only classes that were registered
 here by name are ever built, so a buffer cannot name code. NaN and infinity travel in arrays, or
-as ``{"$f": text}``, since JSON has no words for them.
+as ``{"$f": text}``, since JSON has no words for them. A mapping's own keys that begin with ``$``
+get another one in front, so that what a tenant sends is never taken for any of these.
 
 A reader refuses a version it does not know; a change of layout or of a value's meaning takes a
 new version number.
@@ -27,22 +28,30 @@ import orjson
 
 from twinkle_dask.types import (
     AdamParams,
+    ClipGradient,
     CsrLayout,
     CustomLoss,
     Datum,
+    Embed,
+    EmbedResult,
     ForwardBackward,
     ForwardBackwardResult,
+    GradientStep,
+    GradientStepResult,
     Image,
     ImageFacts,
     LoraSpec,
     LossName,
     LossSpec,
     ModelFacts,
+    OptimizerSpec,
     OptimStep,
     SampledSequence,
+    SamplePart,
     SampleRequest,
     SampleResult,
     SamplingParams,
+    SchedulerSpec,
     ScoredTokens,
     StepResult,
     Stop,
@@ -54,7 +63,7 @@ from twinkle_dask.types import (
 VERSION: Final = 1
 _MAGIC: Final = b"TWDP"
 _PREFIX: Final = struct.Struct("<4sHHI")
-_DTYPES: Final = frozenset({"<i4", "<i8", "<f4", "|u1"})
+_DTYPES: Final = frozenset({"<i4", "<i8", "<f4", "|u1", "|b1"})
 
 _CLASSES: dict[str, type[Any]] = {}
 
@@ -72,11 +81,16 @@ def register(*classes: type[Any]) -> None:
 
 register(
     AdamParams,
+    ClipGradient,
     CsrLayout,
     CustomLoss,
     Datum,
+    Embed,
+    EmbedResult,
     ForwardBackward,
     ForwardBackwardResult,
+    GradientStep,
+    GradientStepResult,
     Image,
     ImageFacts,
     LoraSpec,
@@ -84,10 +98,13 @@ register(
     LossSpec,
     ModelFacts,
     OptimStep,
+    OptimizerSpec,
     SampleRequest,
+    SamplePart,
     SampleResult,
     SampledSequence,
     SamplingParams,
+    SchedulerSpec,
     ScoredTokens,
     StepResult,
     Stop,
@@ -101,8 +118,8 @@ def pack(value: object) -> bytes:
     """Write a value.
 
     It may be made of registered dataclasses and enums, dicts with string keys, sequences (read
-    back as tuples), numbers, strings, None, bytes, and int32, int64, float32 or uint8 arrays of
-    any shape.
+    back as tuples), numbers, strings, None, bytes, and int32, int64, float32, uint8 or bool arrays
+    of any shape.
 
     Raises:
         TypeError: Something else is inside.
@@ -171,7 +188,7 @@ class _Writer:
                 return {"$b": self._append("|u1", (len(raw),), raw)}
             case Mapping():
                 items = cast(Mapping[str, object], value)
-                return {key: self.tree(item) for key, item in items.items()}
+                return {_escaped(key): self.tree(item) for key, item in items.items()}
             case list() | tuple():
                 return [self.tree(item) for item in cast(list[object], value)]
             case _:
@@ -218,4 +235,8 @@ class _Reader:
             return self._array(items["$b"]).tobytes()
         if "$f" in items:
             return float(items["$f"])
-        return {key: self.value(item) for key, item in items.items()}
+        return {key[key.startswith("$$") :]: self.value(item) for key, item in items.items()}
+
+
+def _escaped(key: object) -> object:
+    return f"${key}" if isinstance(key, str) and key.startswith("$") else key

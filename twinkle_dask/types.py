@@ -3,6 +3,7 @@
 Shapes: N tokens of one datum, K targets per position, R rank, D in, E out.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,19 +26,19 @@ Json: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
-    """The shape of one adapter; the effective weight is ``W + (alpha / rank) * B_ER @ A_RD``.
+    """The shape of one adapter; the effective weight is ``W + scale * B_ER @ A_RD``.
 
     Attributes:
         rank: Inner dimension R, at least 1.
         seed: Seeds the initial A; the same seed gives the same adapter on any machine.
-        alpha: Numerator of the scale.
+        alpha: Numerator of the scale, which is ``alpha / rank``.
         train_attn: Adapt the projections of attention (and linear attention) layers.
         train_mlp: Adapt the projections of feed-forward layers.
         train_unembed: Adapt the output head.
         targets: Names of linear modules to adapt, the last part of their path or more of it; the
             ``train_`` flags are not looked at then. None goes by the flags.
-        dropout: Share of an adapter's inputs that are left out while it learns.
-        rslora: Scale by ``alpha / sqrt(rank)``.
+        dropout: Share of an adapter's inputs that are left out while it learns, below 1.
+        rslora: Scale by ``alpha / sqrt(rank)`` instead (https://arxiv.org/abs/2312.03732).
     """
 
     rank: int
@@ -49,6 +50,11 @@ class LoraSpec:
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product of B and A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LossName(StrEnum):
@@ -172,6 +178,20 @@ class ForwardBackward:
         return sum(len(d.tokens) for d in self.data)
 
     @property
+    def num_rows(self) -> int:
+        """How many rows go through the model."""
+        return len(self.data)
+
+    @property
+    def num_scores(self) -> int:
+        """Targets over all data."""
+        return sum(d.target_tokens.size for d in self.data)
+
+    def length_of(self, row: int) -> int:
+        """Tokens of one of them."""
+        return len(self.data[row].tokens)
+
+    @property
     def num_image_bytes(self) -> int:
         """Encoded images over all data."""
         return sum(len(image.data) for d in self.data for image in d.images)
@@ -221,7 +241,8 @@ class ClipGradient:
     """Divide the gradient by the run's ``gradient_tokens``, then clip its global norm.
 
     Attributes:
-        norm_type: Of the norm, for example 2, or infinity.
+        max_norm: Above 0; infinity clips nothing.
+        norm_type: Of the norm, at least 1; infinity takes the largest number.
     """
 
     max_norm: float
@@ -232,15 +253,21 @@ class ClipGradient:
 class GradientStep:
     """Any of the parts of an optimizer step, in this order; nothing between boundaries.
 
-    A boundary is where the number of gradients since the last one is ``accumulation`` or more.
+    A boundary is where the number of gradients since the last one is ``accumulation`` or more, or
+    ``accumulation`` is 1. It lasts until the next gradient, so the parts may come one by one.
+    Without a gradient a step changes nothing, as torch's without ``grad``.
 
     Attributes:
         clip: None leaves the gradient as it is.
-        step: Take a step with this optimizer; None takes none.
+        step: Take a step with this optimizer; None takes none. Another class than that of the step
+            before starts without memory, other settings go on with it.
         schedule: What the learning rate follows; None keeps the optimizer's own.
         zero: Forget the gradient, and what was counted with it.
         advance: Move the schedule on by one.
         accumulation: At least 1.
+        optimizer: Whose learning rate is told where no step is taken.
+        fresh_optimizer: First forget the optimizer's memory, boundary or not.
+        fresh_schedule: First start the schedule anew, boundary or not.
     """
 
     clip: ClipGradient | None = None
@@ -249,6 +276,9 @@ class GradientStep:
     zero: bool = False
     advance: bool = False
     accumulation: int = 1
+    optimizer: OptimizerSpec | None = None
+    fresh_optimizer: bool = False
+    fresh_schedule: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +289,7 @@ class GradientStepResult:
         done: False between boundaries, where nothing happened.
         grad_norm: Before clipping; None without ``clip`` or between boundaries.
         learning_rate: That the next step will use; None if no optimizer was given.
-        steps: Optimizer steps the run has taken so.
+        steps: Optimizer steps that the run has taken in this way.
     """
 
     done: bool
@@ -284,6 +314,25 @@ class Embed:
     adapter: bool = True
     dropout_seed: int | None = None
     num_counted: float = 0.0
+
+    @property
+    def backward(self) -> bool:
+        """Whether a gradient is added to the run."""
+        return self.slopes is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Over all rows."""
+        return sum(len(row) for row in self.rows)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows go through the model."""
+        return len(self.rows)
+
+    def length_of(self, row: int) -> int:
+        """Tokens of one of them."""
+        return len(self.rows[row])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,6 +395,9 @@ class SamplingParams:
         top_k: Keep the k likeliest tokens; -1 keeps all.
         top_p: Keep the smallest set of likeliest tokens whose mass reaches p.
         seed: Fixes the draws independently of what else is in the batch; None draws freshly.
+        repetition_penalty: Above 0. Logits of tokens that stand in the prompt or were drawn already
+            are divided by it where they are positive and multiplied where not, before anything
+            else (arXiv 1909.05858, section 4.1). Logprobs are told without it.
     """
 
     max_tokens: int | None = None
@@ -354,6 +406,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: Stop = Stop()
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -463,6 +516,24 @@ class SampledSequence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePart:
+    """What was drawn for one continuation since its part before.
+
+    Attributes:
+        index: The continuation's place among the samples of its request.
+        tokens: int32 (M,); the other arrays as in ``SampledSequence``.
+        texts: What each token adds to the text, special tokens nothing and a character only with
+            its last token; nothing at all without a tokenizer.
+    """
+
+    index: int
+    tokens: Int32Array
+    logprobs: Float32Array
+    texts: tuple[str, ...]
+    topk_logprobs: ScoredTokens | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
     """The continuations, in sample order.
 
@@ -516,14 +587,17 @@ class StepState:
 
     Attributes:
         gradients: Backward passes since the last boundary.
-        gradient_tokens: Sum of their ``num_counted``.
+        at_boundary: Something was done there; the next backward pass is the first of its window.
+        gradient_tokens: Sum of ``num_counted`` since the last clipping or zeroing.
         steps: Optimizer steps taken.
         schedule_steps: How often the schedule moved on.
-        optimizer: The optimizer that took the last step; None if there was none.
-        tensors: Its memory, as ``<weight's name>.<torch's word for it>``, and ``.step`` counters.
+        optimizer: The optimizer that took the last step; None if there is no memory of one.
+        tensors: Its memory, as ``<weight's name>.<torch's word for it>``; what it has one of for
+            all weights, such as ``step``, under torch's word alone, of the shape ().
     """
 
     gradients: int = 0
+    at_boundary: bool = False
     gradient_tokens: float = 0.0
     steps: int = 0
     schedule_steps: int = 0
@@ -570,6 +644,7 @@ class ModelFacts:
         max_rank: Largest LoRA rank this model's host accepts.
         why_not_sampled: A sentence for tenants if the model can only be trained here; else None.
         images: None if the model reads text alone.
+        linear_names: Paths of all that adapters may be put on, the head last.
     """
 
     architecture: str
@@ -582,3 +657,4 @@ class ModelFacts:
     has_tokenizer: bool
     why_not_sampled: str | None = None
     images: ImageFacts | None = None
+    linear_names: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from twinkle_dask.operations.service import Service
-from twinkle_dask_gateway import tinker
+from twinkle_dask_gateway import openai, tinker, twinkle
 from twinkle_dask_gateway.access_log import AccessLog
 from twinkle_dask_gateway.config import GatewayConfig
 from twinkle_dask_gateway.limits import BodyLimit
@@ -44,6 +44,8 @@ def create_app(service: Service, config: GatewayConfig) -> FastAPI:
     )
     app.state.signer = Signer(service.url_secret)
     tinker.add_routes(app, config.url_prefix)
+    twinkle.add_routes(app, config.url_prefix)
+    openai.add_routes(app, config.url_prefix)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     app.add_middleware(AccessLog)  # added last, so outermost
     return app

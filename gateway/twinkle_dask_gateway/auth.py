@@ -17,14 +17,29 @@ async def credentials_of(request: Request) -> Credentials:
 CredentialsDep = Annotated[Credentials, Depends(credentials_of)]
 
 
+def credential_of(request: Request) -> str | None:
+    """What a request shows: ``x-api-key``, else what Twinkle's clients send as a bearer.
+
+    They send it in two headers; the first is theirs alone, since proxies like to use the second.
+    """
+    headers = request.headers
+    if (key := headers.get("x-api-key")) is not None:
+        return key
+    told = headers.get("twinkle-authorization") or headers.get("authorization")
+    if told is None:
+        return None
+    scheme, space, rest = told.strip().partition(" ")
+    return rest.strip() if space and scheme.lower() == "bearer" else told.strip()
+
+
 async def authenticated(request: Request, credentials: CredentialsDep) -> Tenant:
-    """Find the tenant of the request's ``x-api-key``, which is a key or a token.
+    """Find the tenant of the request's key or token.
 
     Raises:
         NotAuthenticated: The key is missing or unknown.
         TokenRejected: The token is not valid any more.
     """
-    tenant = await credentials.tenant(request.headers.get("x-api-key"))
+    tenant = await credentials.tenant(credential_of(request))
     structlog.contextvars.bind_contextvars(tenant=tenant.id)
     return tenant
 

@@ -2,12 +2,17 @@
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
 
+from twinkle_dask.errors import Saturated
+
 _T = TypeVar("_T")
+
+#: What somebody is told whose answer cannot be awaited.
+STOPPING = "The service is stopping; ask again in a moment."
 
 
 class Polls:
@@ -41,6 +46,34 @@ class Polls:
                 await asyncio.wait({wait})
         return None if wait.cancelled() else wait.result()
 
+    async def unless_stopping(self, outcome: Coroutine[Any, Any, _T]) -> _T:
+        """Await ``outcome`` on behalf of an answer that has begun.
+
+        Raises:
+            Saturated: The server is stopping.
+        """
+        wait = asyncio.create_task(outcome)
+        self._waits.add(wait)
+        if self._ended:
+            wait.cancel()
+        try:
+            await asyncio.wait({wait})
+        finally:
+            self._waits.discard(wait)
+            wait.cancel()
+        if wait.cancelled():
+            raise Saturated(STOPPING)
+        return wait.result()
+
+    async def each(self, parts: AsyncGenerator[_T]) -> AsyncGenerator[_T]:
+        """The parts of an answer, in order.
+
+        Raises:
+            Saturated: The server is stopping.
+        """
+        while (part := await self.unless_stopping(_next(parts))) is not None:
+            yield part
+
     def end(self) -> None:
         """Let every poll go, now and from now on."""
         self._ended = True
@@ -51,6 +84,10 @@ class Polls:
 def spread(poll_s: float) -> float:
     """For how long to hold a poll: those that begin together, after a restart, end in turns."""
     return poll_s * random.uniform(0.8, 1.0)
+
+
+async def _next(parts: AsyncGenerator[_T]) -> _T | None:
+    return await anext(parts, None)
 
 
 async def _disconnected(request: Request) -> None:

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from twinkle_dask.checkpoints import folders
 from twinkle_dask.errors import CheckpointCorrupt, StorageFailed
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.types import AdapterState, Float32Array, LoraSpec, OptimizerState, RunState
+from twinkle_dask.types import (
+    AdapterState,
+    Float32Array,
+    LoraSpec,
+    OptimizerState,
+    RunState,
+    StepState,
+)
 
 
 class Memory:
@@ -59,6 +66,22 @@ def example(rank: int = 2, *, gradients: bool = True) -> RunState:
         adapter=AdapterState(spec=LoraSpec(rank=rank, seed=5, train_attn=False), weights=some()),
         optimizer=OptimizerState(step=7, exp_avg=some(), exp_avg_sq=some()),
         gradients=some() if gradients else None,
+        steps=steps_of(some()),
+    )
+
+
+def steps_of(arrays: Mapping[str, Float32Array]) -> StepState:
+    """An optimizer that remembers one array of each weight, and a number."""
+    named = {f"{name}.momentum_buffer": array for name, array in arrays.items()}
+    number = np.array(3, np.float32)
+    return StepState(
+        gradients=2,
+        at_boundary=True,
+        gradient_tokens=9.5,
+        steps=4,
+        schedule_steps=3,
+        optimizer="SGD",
+        tensors={**named, "step": number},
     )
 
 
@@ -80,6 +103,10 @@ def assert_same(a: RunState, b: RunState) -> None:
         assert_same_bits(a.optimizer.exp_avg_sq, b.optimizer.exp_avg_sq)
     assert (a.gradients is None) == (b.gradients is None)
     assert_same_bits(a.gradients or {}, b.gradients or {})
+    assert (a.steps is None) == (b.steps is None)
+    if a.steps is not None and b.steps is not None:
+        assert replace(a.steps, tensors={}) == replace(b.steps, tensors={})
+        assert_same_bits(a.steps.tensors, b.steps.tensors)
 
 
 any_float32 = st.integers(0, 2**32 - 1).map(
@@ -119,6 +146,7 @@ def run_states(draw: st.DrawFn) -> RunState:
         adapter=AdapterState(spec=spec, weights=some()),
         optimizer=draw(st.sampled_from([None, fresh, optimizer])),
         gradients=some() if draw(st.booleans()) else None,
+        steps=draw(st.sampled_from([None, StepState(steps=1), steps_of(some())])),
     )
 
 
@@ -132,7 +160,12 @@ def test_what_is_written_is_read_back_bit_for_bit(state: RunState, base_model: s
     assert_same(RunState(adapter=adapter), RunState(adapter=state.adapter))
 
 
-TENSOR_FILES = ("adapter_model.safetensors", "optimizer.safetensors", "gradients.safetensors")
+TENSOR_FILES = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "steps.safetensors",
+    "gradients.safetensors",
+)
 
 
 @given(name=st.sampled_from(TENSOR_FILES), where=st.floats(0, 1), flip=st.integers(1, 255))
@@ -168,6 +201,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no rank": (lambda s: s["spec"].pop("rank"), r"spec\.rank"),
     "text step": (lambda s: s.update(optimizer_step="7"), "optimizer_step"),
     "past step": (lambda s: s.update(optimizer_step=-1), "optimizer_step"),
+    "past count": (lambda s: s["steps"].update(gradients=-1), r"steps\.gradients"),
+    "endless count": (lambda s: s["steps"].update(gradient_tokens=1e999), r"steps\.gradient_tok"),
+    "lost memory": (lambda s: s["files"].pop("steps.safetensors"), "not part of"),
     "more": (lambda s: s.update(surprise=1), "surprise"),
     "other rank": (lambda s: s["spec"].update(rank=3), "not of rank 3"),
     "lost file": (lambda s: s["files"].pop("optimizer.safetensors"), "not part of"),
@@ -182,6 +218,14 @@ def test_a_wrong_state_file_is_told(name: str) -> None:
     edit(memory, change)
     with pytest.raises(CheckpointCorrupt, match=message):
         folders.read_state(memory, "a")
+
+
+def test_a_folder_of_before_there_were_steps_is_read() -> None:
+    memory = Memory()
+    state = replace(example(), steps=None)
+    folders.write_state(memory, "a", state, base_model="m")
+    edit(memory, lambda s: s.pop("steps"))
+    assert_same(folders.read_state(memory, "a"), state)
 
 
 def test_a_state_file_that_is_no_object_is_told() -> None:
@@ -225,11 +269,19 @@ def other_gradient(state: RunState) -> RunState:
     return replace(state, gradients=gradients)
 
 
-MISFITS = [
+def with_memory(state: RunState, name: str, *shape: int) -> RunState:
+    assert state.steps is not None
+    tensors = {**state.steps.tensors, name: np.zeros(shape, np.float32)}
+    return replace(state, steps=replace(state.steps, tensors=tensors))
+
+
+MISFITS: list[tuple[Callable[[RunState], RunState], str]] = [
     (lone_b, "lora_B.weight without lm_head.lora_A"),
     (strange_name, r"unexpected array lm_head\.bias"),
     (flat_a, r"shape \(2,\), which is not of rank 2"),
     (lost_moment, r"optimizer.* differ in lm_head\.lora_A"),
+    (lambda s: with_memory(s, "lm_head.lora_C.weight.sum", 2), r"array lm_head\.lora_C"),
+    (lambda s: with_memory(s, "step", 2), "steps.* unexpected array step"),
     (other_gradient, r"gradients.* shape \(3, 3\), its weight \(2, 6\)"),
 ]
 
@@ -258,6 +310,7 @@ def test_in_a_real_store_a_repeated_write_replaces(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
         "optimizer.safetensors",
+        "steps.safetensors",
         "state.json",
     }
     with pytest.raises(StorageFailed, match="does not exist"):

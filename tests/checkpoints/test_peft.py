@@ -28,6 +28,11 @@ SPECS = {
     "attention": LoraSpec(rank=4, seed=1, train_mlp=False, train_unembed=False),
     "mlp": LoraSpec(rank=4, seed=1, train_attn=False, train_unembed=False),
     "head": LoraSpec(rank=4, seed=1, train_attn=False, train_mlp=False),
+    "rslora": LoraSpec(rank=4, seed=1, alpha=3.0, rslora=True, dropout=0.1),
+    "named": LoraSpec(rank=4, seed=1, targets=("down_proj", "self_attn.q_proj")),
+    "one layer": LoraSpec(
+        rank=4, seed=1, rslora=True, targets=("layers.1.self_attn.v_proj", "lm_head")
+    ),
 }
 
 
@@ -66,6 +71,9 @@ def test_peft_computes_the_same_logits(
 
     config = lora_config.from_pretrained(str(tmp_path / "saved"))
     assert (config.r, config.lora_alpha) == (spec.rank, spec.alpha)
+    assert (config.use_rslora, config.lora_dropout) == (spec.rslora, spec.dropout)
+    if spec.targets is not None:
+        assert config.target_modules == set(spec.targets)
     adapted = [name for name, _ in model.named_modules() if name.endswith(".lora_A.default")]
     assert len(adapted) == len(base.targets(spec))
     assert not [name for name in model.state_dict() if "modules_to_save" in name]

@@ -37,12 +37,12 @@ plain = st.recursive(
     | st.floats(allow_nan=False),
     lambda inner: (
         st.lists(inner).map(tuple)
-        | st.dictionaries(st.text().filter(lambda key: not key.startswith("$")), inner)
+        | st.dictionaries(st.text() | st.sampled_from(["$t", "$a", "$b", "$f", "$$t"]), inner)
     ),
     max_leaves=20,
 )
 arrays = hnp.arrays(
-    st.sampled_from([np.int32, np.int64, np.float32, np.uint8]),
+    st.sampled_from([np.int32, np.int64, np.float32, np.uint8, np.bool_]),
     hnp.array_shapes(min_dims=1, max_dims=3, min_side=0),
 )
 

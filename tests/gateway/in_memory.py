@@ -113,7 +113,7 @@ class InMemoryService:
         self.traces = SimpleNamespace(grant=self._grant_trace, document=self._trace)
         self._num_joined = 0
         self._cursors: dict[TicketId, int] = {}
-        self.catalogue = SimpleNamespace(all=self._models)
+        self.catalogue = SimpleNamespace(all=self._models, find=self._find_model)
         self.sessions = SimpleNamespace(
             create=self._create_session,
             active=self._active,
@@ -195,6 +195,9 @@ class InMemoryService:
             has_tokenizer=True,
         )
         return (ServedModel(name=MODEL, source="/nowhere", facts=facts, tokenizer_id=MODEL),)
+
+    def _find_model(self, name: str) -> ServedModel | None:
+        return self._models()[0] if name == MODEL else None
 
     def _model(self, name: str) -> ServedModel:
         if name != MODEL:
@@ -294,6 +297,7 @@ class InMemoryService:
         seq: int | None,
         batch: ForwardBackward,
         spans: BatchSpans | None = None,
+        rated: bool = True,
     ) -> Ticket:
         self._called("forward_backward", run=run, seq=seq, batch=batch, spans=spans)
         self._run(run)
@@ -323,6 +327,7 @@ class InMemoryService:
         overwrite: bool,
         ttl_s: int | None,
         user_metadata: Json,
+        optimizer: bool = True,
     ) -> Ticket:
         self._called("save_state", run=run, seq=seq, name=name, overwrite=overwrite, ttl_s=ttl_s)
         address = CheckpointAddress(run=run, kind=CheckpointKind.TRAINING, name=name)

@@ -9,7 +9,7 @@ from fastapi.routing import iter_route_contexts
 
 from tests.gateway.in_memory import KEY
 
-OPEN = {("GET", "/api/v1/healthz")}
+OPEN = {("GET", "/api/v1/healthz"), ("GET", "/api/v1/twinkle/healthz")}
 # Fetched without a key by whoever has a signed URL.
 SIGNED = {("GET", "/api/v1/downloads/{checkpoint}/{file}"), ("GET", "/api/v1/traces/{session}")}
 
@@ -30,8 +30,13 @@ async def test_every_route_but_the_listed_asks_for_a_key(app: FastAPI) -> None:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         for method, path in sorted(routes):
-            url = re.sub(r"\{\w+\}", "x", path)
-            for headers in ({}, {"x-api-key": "tml-wrong"}, {"authorization": f"Bearer {KEY}"}):
+            url = re.sub(r"\{\w+(:path)?\}", "x", path)
+            for headers in (
+                {},
+                {"x-api-key": "tml-wrong"},
+                {"authorization": "Bearer tml-wrong"},
+                {"twinkle-authorization": "Bearer tml-wrong", "authorization": f"Bearer {KEY}"},
+            ):
                 response = await client.request(method, url, headers=headers)
                 expected = 200 if (method, path) in OPEN else 401
                 expected = 403 if (method, path) in SIGNED else expected

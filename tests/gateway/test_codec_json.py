@@ -11,12 +11,12 @@ from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.types import (
     ForwardBackwardResult,
 )
+from twinkle_dask_gateway.reading import check
 from twinkle_dask_gateway.tinker import wire
 from twinkle_dask_gateway.tinker.codec_json import (
     batch_of,
     forward_backward_json,
 )
-from twinkle_dask_gateway.tinker.reading import check
 from twinkle_dask_gateway.tinker.tensors import Array, Growth
 
 

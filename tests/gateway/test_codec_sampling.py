@@ -23,6 +23,7 @@ from twinkle_dask.types import (
     StopReason,
     TargetLogprobs,
 )
+from twinkle_dask_gateway.reading import check
 from twinkle_dask_gateway.tinker import replies, wire
 from twinkle_dask_gateway.tinker.codec_sampling import (
     num_bytes,
@@ -31,7 +32,6 @@ from twinkle_dask_gateway.tinker.codec_sampling import (
     sample_request_of,
     stop_of,
 )
-from twinkle_dask_gateway.tinker.reading import check
 from twinkle_dask_gateway.tinker.tensors import Array
 
 SEQUENCE = SampledSequence(

@@ -8,6 +8,7 @@ import structlog
 from tests.gateway.in_memory import InMemoryService
 from twinkle_dask import errors
 from twinkle_dask_gateway.tinker.errors import STATUS, describe, error_response
+from twinkle_dask_gateway.twinkle import errors as twinkle
 
 # The SDK repeats these for minutes, so only what passes with time may have them.
 REPEATED = {408, 409, 429, 500, 502, 503, 504}
@@ -39,8 +40,31 @@ def test_every_failure_has_a_status_and_pickles(leaf: type[errors.TwinkleDaskErr
         assert response.status_code not in REPEATED
 
 
-def test_the_table_has_no_row_too_many() -> None:
-    assert set(STATUS) == set(ours)
+def test_the_tables_have_no_row_too_many() -> None:
+    assert set(STATUS) == set(twinkle.STATUS) == set(ours)
+
+
+@pytest.mark.parametrize("leaf", ours, ids=lambda leaf: leaf.__name__)
+def test_the_twinkle_face_says_what_http_means(leaf: type[errors.TwinkleDaskError]) -> None:
+    response = twinkle.error_response(leaf("what happened"))
+    assert response.status_code == twinkle.STATUS[leaf]
+    assert response.status_code != twinkle.EXHAUSTED  # its client would take it for an end
+    assert b"what happened" in bytes(response.body)
+    theirs = issubclass(leaf, errors.RequestError)
+    assert (response.status_code < 500) == (theirs or leaf is errors.QuotaExceeded)
+    assert ("retry-after" in response.headers) == issubclass(leaf, errors.CapacityError)
+
+
+def test_findings_of_bodies_show_no_large_values() -> None:
+    problem = {"type": "t", "loc": ("body", "x" * 100, 0), "msg": "m" * 1000}
+    (short,) = twinkle.findings([{**problem, "input": "short"}])
+    assert short["input"] == "short"
+    assert len(str(short)) < 600
+    (long,) = twinkle.findings([{**problem, "input": "x" * 1000}])
+    (nested,) = twinkle.findings([{**problem, "input": {"a": 1}}])
+    assert "input" not in long
+    assert "input" not in nested
+    assert len(twinkle.findings([problem] * 100)) == 10
 
 
 def test_capacity_says_when_to_come_back() -> None:

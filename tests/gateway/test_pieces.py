@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_dask_gateway.tinker.pieces import MAX_LEVELS, load
+from twinkle_dask_gateway.pieces import MAX_LEVELS, load
 
 TEXTS = st.text(st.sampled_from('ab"\\,:[]{} \nü€'), max_size=12)
 VALUES: st.SearchStrategy[Any] = st.recursive(

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from tests.gateway.test_codec_proto import TARGETS, one_datum, sdk_body
 from tests.gateway.test_limits import PROTO
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.tinker.reading import let_go, size_of
+from twinkle_dask_gateway.reading import let_go, size_of
 
 
 @pytest.mark.parametrize(

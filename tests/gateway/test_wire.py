@@ -9,9 +9,9 @@ from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.operations.values import CheckpointAddress
 from twinkle_dask.store.records import CheckpointKind
 from twinkle_dask.types import RunId
+from twinkle_dask_gateway.reading import check
 from twinkle_dask_gateway.tinker import wire
 from twinkle_dask_gateway.tinker.addresses import format_address, parse_address
-from twinkle_dask_gateway.tinker.reading import check
 
 Body = dict[str, Any]
 SAMPLE: Body = {

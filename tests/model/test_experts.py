@@ -16,7 +16,7 @@ from twinkle_dask.model.lora import BatchPlan, LoraTensors, Segment
 from twinkle_dask.types import LoraSpec
 
 TOKENS_BL = torch.randint(0, 512, (6, 9), generator=torch.Generator().manual_seed(1))
-ONLY_MLP = {"train_attn": False, "train_unembed": False}
+ONLY_MLP: dict[str, Any] = {"train_attn": False, "train_unembed": False}
 SPECS = (
     LoraSpec(rank=4, seed=1),
     LoraSpec(rank=2, seed=2, alpha=8.0, **ONLY_MLP),

@@ -173,7 +173,7 @@ def test_rows_of_indices_and_of_slices(
     ids=["all", "mlp", "attn"],
 )
 def test_peft_computes_the_same_logits(
-    switches: dict[str, bool], family: tuple[str, Path, BaseModel], tmp_path: Path
+    switches: dict[str, Any], family: tuple[str, Path, BaseModel], tmp_path: Path
 ) -> None:
     name, folder, base = family
     if name == "deepseek_v3" and switches.get("train_mlp", True):

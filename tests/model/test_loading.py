@@ -38,6 +38,8 @@ def test_facts_of_a_folder_with_a_tokenizer(tmp_path: Path) -> None:
     assert base.facts.eos_token_ids == (0, 2)  # the generation config names two
     assert (base.facts.max_rank, base.facts.dtype) == (8, "float32")
     assert base.facts.has_tokenizer
+    assert base.facts.linear_names[0] == "model.layers.0.self_attn.q_proj"
+    assert base.facts.linear_names[-1] == "lm_head"
     chat = [{"role": "user", "content": "Who are you? é 漢"}]
     text = base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = base.tokenizer.encode(text)

@@ -1,22 +1,25 @@
 """The real operations over a real store in a folder; only the hosts are make-believe."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from twinkle_dask import packing
 from twinkle_dask.cluster.commands import (
     Command,
     ExportFolder,
+    Failure,
     FolderSaved,
     LoadFolder,
     Sample,
     SaveFolder,
 )
-from twinkle_dask.config import JournalConfig, ModelConfig, ServiceConfig
+from twinkle_dask.config import JournalConfig, LimitConfig, ModelConfig, ServiceConfig
 from twinkle_dask.errors import StorageFailed
 from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.catalogue import Catalogue
@@ -25,6 +28,7 @@ from twinkle_dask.operations.closing import Closing
 from twinkle_dask.operations.drawing import Drawing
 from twinkle_dask.operations.events import Events
 from twinkle_dask.operations.inflight import InflightWeights
+from twinkle_dask.operations.processors import Processors
 from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.runs import Runs
@@ -34,12 +38,16 @@ from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.upkeep import Upkeep
 from twinkle_dask.operations.values import Done, LoraRequest, ServedModel, Tenant
+from twinkle_dask.processor.commands import run
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.store import Store, sqlite_url
 from twinkle_dask.types import (
+    ForwardBackward,
+    ForwardBackwardResult,
     ModelFacts,
     OptimStep,
     RunId,
+    SamplePart,
     SampleResult,
     SessionId,
     StepResult,
@@ -66,7 +74,8 @@ class Host:
     """Does nothing, successfully; while ``open`` is not set, it does not answer.
 
     While ``drawing`` is not set, it does not answer to samples; without ``up`` it is not there.
-    Without ``snapshots`` it writes none.
+    Without ``snapshots`` it writes none. With ``logprobs``, which are used up in turn, its batches
+    have that logprob everywhere.
     """
 
     blobs: BlobStore
@@ -77,11 +86,19 @@ class Host:
     drawing: asyncio.Event = field(default_factory=asyncio.Event)
     up: asyncio.Event = field(default_factory=asyncio.Event)
     snapshots: bool = True
+    logprobs: list[float] = field(default_factory=list[float])
     commands: list[object] = field(default_factory=list[object])
+    watching: list[Callable[[SamplePart], None]] = field(
+        default_factory=list[Callable[[SamplePart], None]]
+    )
 
-    def send(self, command: Command) -> "asyncio.Future[bytes]":
+    def send(
+        self, command: Command, on_part: Callable[[SamplePart], None] | None = None
+    ) -> "asyncio.Future[bytes]":
         body = packing.unpack(command.body)
         self.commands.append(body)
+        if on_part is not None:
+            self.watching.append(on_part)
         return asyncio.ensure_future(self._answer(body))
 
     async def _answer(self, body: object) -> bytes:
@@ -100,6 +117,10 @@ class Host:
                 return packing.pack(SampleResult(sequences=()))
             case OptimStep():
                 return packing.pack(StepResult(metrics={}))
+            case ForwardBackward() if self.logprobs:
+                value = self.logprobs.pop(0)
+                rows = tuple(np.full(d.target_tokens.shape, value, np.float32) for d in body.data)
+                return packing.pack(ForwardBackwardResult(logprobs=rows, metrics={}))
             case _:
                 return b""
 
@@ -111,9 +132,24 @@ class Supervisor:
     async def trainer(self, _source: str) -> Host:
         return self.host
 
+    @property
+    def processing(self) -> "Processing":
+        return Processing()
+
     async def sampler(self, _source: str, _adapter: str | None) -> Host:
         await self.host.up.wait()
         return self.host
+
+
+class Processing:
+    """Does the work of CPU workers in a thread."""
+
+    async def call(self, function: str, value: object, *, tenant: TenantId) -> Any:
+        packed = await asyncio.to_thread(run, function, packing.pack(value), "info")
+        answer = packing.unpack(packed)
+        if "kind" in answer:
+            raise Failure(**answer).error()
+        return answer["result"]
 
 
 @dataclass(kw_only=True)
@@ -130,6 +166,7 @@ class Parts:
     checkpoints: Checkpoints
     tickets: TicketBoard
     quotas: Quotas
+    processors: Processors
     closing: Closing
     upkeep: Upkeep
     folder: Path
@@ -165,11 +202,12 @@ class Parts:
 
 
 @asynccontextmanager
-async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
+async def open_parts(folder: Path, limits: LimitConfig | None = None) -> AsyncGenerator[Parts]:
     """As ``open_service`` puts them together, without recovering anything."""
     config = ServiceConfig(
         models={MODEL: ModelConfig(source="tiny")},
         journal=JournalConfig(keep_delivered_s=1e-6, snapshot_operations=2),
+        limits=limits or LimitConfig(),
     )
     store = await Store.open(sqlite_url(folder / "records.sqlite3"))
     blobs = BlobStore(folder / "blobs")
@@ -225,6 +263,14 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         limits=config.limits,
         quotas=quotas,
     )
+    processors = Processors(
+        config=config,
+        store=store,
+        blobs=blobs,
+        supervisor=supervisor,
+        catalogue=catalogue,
+        sessions=sessions,
+    )
     closing = Closing(
         store=store,
         blobs=blobs,
@@ -235,6 +281,7 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
         recording=recording,
         inflight=inflight,
         checkpoints=checkpoints,
+        processors=processors,
     )
     upkeep = Upkeep(
         config=config,
@@ -262,6 +309,7 @@ async def open_parts(folder: Path) -> AsyncGenerator[Parts]:
             checkpoints=checkpoints,
             tickets=tickets,
             quotas=quotas,
+            processors=processors,
             closing=closing,
             upkeep=upkeep,
             folder=folder,

@@ -32,7 +32,10 @@ from twinkle_dask.operations.requests import (
 from twinkle_dask.store.records import OperationRecord, OperationState, RunRecord
 from twinkle_dask.types import (
     AdamParams,
+    GradientStep,
+    GradientStepResult,
     LoraSpec,
+    OptimizerSpec,
     OptimStep,
     RunId,
     SessionId,
@@ -69,7 +72,7 @@ class Host:
         self._left = dies_after
         self._waiting: list[asyncio.Future[bytes]] = []
 
-    def send(self, command: Command) -> "asyncio.Future[bytes]":
+    def send(self, command: Command, on_part: object = None) -> "asyncio.Future[bytes]":
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         if self.lost.is_set():
             future.set_exception(HostLost("gone"))
@@ -116,6 +119,10 @@ class Host:
                 assert self.steps is not None
                 self.steps.append(int(adam.learning_rate))
                 return StepResult(metrics={"grad_norm:mean": adam.learning_rate})
+            case GradientStep(accumulation=seq):
+                assert self.steps is not None
+                self.steps.append(seq)
+                return GradientStepResult(done=True, grad_norm=None, learning_rate=None, steps=seq)
             case other:
                 raise AssertionError(other)
         return None
@@ -206,7 +213,10 @@ def a_lane(world: World, hosts: list[Host], every: int = 3) -> Lane:
 
 
 def submit(world: World, lane: Lane, seq: int) -> None:
-    """As ``Runs`` does: into the journal first. Every fourth operation is a save."""
+    """As ``Runs`` does: into the journal first. Every fourth operation is a save.
+
+    Of the others one in three is a ``GradientStep``.
+    """
     request: LaneRequest
     if seq == 0:
         request = StartRun(spec=SPEC)
@@ -220,6 +230,8 @@ def submit(world: World, lane: Lane, seq: int) -> None:
             checkpoint_id=str(seq),
             folder=f"saved/{seq}",
         )
+    elif seq % 4 == 2:
+        request = GradientStep(step=OptimizerSpec(name="SGD"), accumulation=seq)
     else:
         request = OptimStep(adam=AdamParams(learning_rate=float(seq)))
     payload, ticket = packing.pack(request), TicketId(f"t{seq}")

@@ -15,11 +15,13 @@ from twinkle_dask.losses import LOSSES, loss_spec
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.tenants import key_hint
 from twinkle_dask.operations.training import Training
-from twinkle_dask.operations.values import ServedModel, Tenant
+from twinkle_dask.operations.values import LoraRequest, ServedModel, Tenant
 from twinkle_dask.types import (
     CsrLayout,
     Datum,
+    Embed,
     ForwardBackward,
+    LoraSpec,
     LossName,
     LossSpec,
     ModelFacts,
@@ -44,6 +46,7 @@ MODEL = ServedModel(
         eos_token_ids=(0,),
         max_rank=8,
         has_tokenizer=True,
+        linear_names=("model.layers.0.q_proj", "model.layers.0.v_proj", "lm_head"),
     ),
 )
 LIMITS = LimitConfig(max_data=600)
@@ -280,14 +283,17 @@ def test_a_short_key_is_not_hinted_at() -> None:
 class FakeRuns:
     """Takes whatever ``make`` gives, and knows in which thread that was."""
 
-    taken: ForwardBackward | None = None
+    taken: ForwardBackward | Embed | None = None
     threads: list[str]
+    spec = LoraSpec(rank=1, seed=0)
 
     async def lane(self, _tenant: Tenant, _run: RunId) -> Any:
-        return SimpleNamespace(run=SimpleNamespace(base_model="m"))
+        return SimpleNamespace(run=SimpleNamespace(base_model="m", spec=self.spec))
 
-    async def submit(self, _tenant: Tenant, _run: RunId, *, seq: int | None, make: Any) -> None:
-        self.taken = make(None, MODEL)
+    async def submit(
+        self, tenant: Tenant, run: RunId, *, seq: int | None, make: Any, rated: bool = True
+    ) -> None:
+        self.taken = make(await self.lane(tenant, run), MODEL)
 
 
 def training_of(runs: FakeRuns) -> Training:
@@ -302,8 +308,13 @@ LONG = Datum(tokens=np.ones(50, np.int32), target_tokens=np.ones(50, np.int64), 
 
 @pytest.mark.parametrize(
     ("batch", "aside"),
-    [(batch_of(512), False), (batch_of(513), True), (batch_of(401, LONG), True)],
-    ids=["small", "many data", "many tokens"],
+    [
+        (batch_of(512), False),
+        (batch_of(513), True),
+        (batch_of(401, LONG), True),
+        (batch_of(1, replace(DATUM, target_tokens=np.ones((2, 100_001), np.int64))), True),
+    ],
+    ids=["small", "many data", "many tokens", "many targets"],
 )
 async def test_a_large_batch_is_checked_off_the_loop(
     batch: ForwardBackward, aside: bool, monkeypatch: pytest.MonkeyPatch
@@ -328,3 +339,112 @@ async def test_a_large_batch_that_is_wrong_is_not_submitted() -> None:
     with pytest.raises(InvalidRequest, match="601 data"):
         await training_of(runs).forward_backward(ME, RunId("r"), seq=1, batch=batch_of(601))
     assert runs.taken is None
+
+
+async def test_whoever_says_no_seed_gets_one_where_there_is_dropout() -> None:
+    """It is in the journal then, so that a replay leaves out the same."""
+    rows = Embed(rows=(DATUM.tokens,), slopes=(np.ones(4, np.float32),))
+
+    async def seed_of(spec: LoraSpec, batch: ForwardBackward | Embed) -> int | None:
+        runs = FakeRuns()
+        runs.spec = spec
+        if isinstance(batch, Embed):
+            await training_of(runs).embed(ME, RunId("r"), batch=batch)
+        else:
+            await training_of(runs).forward_backward(ME, RunId("r"), seq=1, batch=batch)
+        assert runs.taken is not None
+        return runs.taken.dropout_seed
+
+    spec = LoraSpec(rank=1, seed=0, dropout=0.1)
+    for batch in (batch_of(1), rows):
+        first, second = await seed_of(spec, batch), await seed_of(spec, batch)
+        assert first is not None
+        assert first != second
+        assert await seed_of(spec, replace(batch, dropout_seed=7)) == 7
+        assert await seed_of(LoraSpec(rank=1, seed=0), batch) is None
+    assert await seed_of(spec, replace(batch_of(1), backward=False)) is None
+    assert await seed_of(spec, replace(rows, slopes=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": -1.0}, "temperature must be above 0"),
+        ({"temperature": float("inf")}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"adapter": False}, "base model alone has no gradient"),
+        ({"dropout_seed": -1}, "dropout seed"),
+        ({"dropout_seed": 2**63}, "dropout seed"),
+        ({"num_counted": -1.0}, "number of at least 0"),
+        ({"num_counted": float("nan")}, "number of at least 0"),
+    ],
+)
+def test_what_is_asked_of_a_pass_is_checked(change: dict[str, Any], what: str) -> None:
+    with pytest.raises(InvalidRequest, match=what):
+        validation.batch(replace(batch_of(1), **change), MODEL, LIMITS)
+
+
+def test_the_base_model_alone_may_be_asked_forward() -> None:
+    request = replace(batch_of(1), adapter=False, backward=False, temperature=0.5)
+    assert validation.batch(request, MODEL, LIMITS) is request
+
+
+def test_logits_are_for_linear_losses_and_so_many() -> None:
+    with pytest.raises(InvalidRequest, match="Raw scores are logits"):
+        validation.batch(replace(rollout("ppo"), raw_scores=True), MODEL, LIMITS)
+    targets = np.ones((2, 50_000), np.int64)
+    request = replace(batch_of(40, replace(DATUM, target_tokens=targets)), raw_scores=True)
+    assert validation.batch(request, MODEL, LIMITS) is request
+    with pytest.raises(InvalidRequest, match="4,100,000 logits"):
+        validation.batch(replace(request, data=request.data + request.data[:1]), MODEL, LIMITS)
+
+
+ROW, SLOPE = DATUM.tokens, np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (Embed(rows=()), "empty"),
+        (Embed(rows=(ROW,) * 601), "601 rows"),
+        (Embed(rows=(ROW, ROW[:0])), "Row 1 has no tokens"),
+        (Embed(rows=(np.array([100], np.int32),)), "Row 0 has token 100"),
+        (Embed(rows=(np.ones(51, np.int32),)), "51 tokens"),
+        (Embed(rows=(ROW, ROW), slopes=(SLOPE,)), "one slope for each row"),
+        (Embed(rows=(ROW, ROW), slopes=(SLOPE, SLOPE[:3])), "all of one length"),
+        (Embed(rows=(ROW,), slopes=(SLOPE[None],)), "all of one length"),
+        (Embed(rows=(ROW,), slopes=(SLOPE * np.float32(np.nan),)), "NaN"),
+        (Embed(rows=(ROW,), slopes=(SLOPE,), adapter=False), "no gradient"),
+    ],
+)
+def test_rows_to_embed_are_checked(rows: Embed, what: str) -> None:
+    with pytest.raises(InvalidRequest, match=what):
+        validation.embed(rows, MODEL, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"alpha": 0.0}, "lora_alpha"),
+        ({"alpha": float("inf")}, "lora_alpha"),
+        ({"dropout": 1.0}, "lora_dropout"),
+        ({"dropout": -0.1}, "lora_dropout"),
+        ({"dropout": float("nan")}, "lora_dropout"),
+        ({"targets": ()}, "Name 1 to 4096"),
+        ({"targets": ("k_proj",)}, "lm_head, q_proj, v_proj"),
+        ({"target_pattern": "k_proj"}, "matches from end to end"),
+        ({"target_pattern": "(?i)q"}, "not understood"),
+    ],
+)
+def test_an_adapter_is_one_that_can_be(change: dict[str, Any], what: str) -> None:
+    with pytest.raises(InvalidRequest, match=what):
+        validation.lora(LoraRequest(rank=1, **change), MODEL)
+
+
+def test_targets_are_names_or_become_paths() -> None:
+    named = validation.lora(LoraRequest(rank=1, targets=("v_proj", "q_proj", "v_proj")), MODEL)
+    assert named.targets == ("q_proj", "v_proj")
+    by_pattern = validation.lora(LoraRequest(rank=1, target_pattern=r".*\.[qv]_proj"), MODEL)
+    assert by_pattern.targets == ("model.layers.0.q_proj", "model.layers.0.v_proj")
+    assert by_pattern.target_pattern is None

@@ -43,6 +43,7 @@ def request(
     seed: int | None = 0,
     stop: Stop = ON_AND_ON,
     num_samples: int = 1,
+    repetition_penalty: float = 1.0,
     **wanted: Any,
 ) -> SampleRequest:
     """A request that runs to its length; ``wanted`` are further fields of ``SampleRequest``.
@@ -57,6 +58,7 @@ def request(
         top_p=top_p,
         seed=seed,
         stop=stop,
+        repetition_penalty=repetition_penalty,
     )
     return SampleRequest(
         prompt=np.array(tokens, dtype=np.int32),

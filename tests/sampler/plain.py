@@ -53,11 +53,17 @@ class PlainModel:
             tokens.append(int(self.logprobs(tokens, state)[-1].argmax()))
         return tokens[len(prompt) :]
 
-    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    def generate(
+        self, prompt: Sequence[int], num_tokens: int, repetition_penalty: float = 1.0
+    ) -> list[int]:
         """What ``transformers`` itself generates greedily, up to the end of sequence."""
         ids = torch.tensor([list(prompt)])
         out = self._model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            repetition_penalty=repetition_penalty,
         )
         return out[0, len(prompt) :].tolist()
 

@@ -1,10 +1,13 @@
 """Drawing alone: exact distributions on few tokens, ties, limits, and rows that stay apart."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -236,3 +239,36 @@ def test_random_numbers_belong_to_seed_sample_and_place() -> None:
     assert Uniforms(8, 0).at(0) != numbers[0]
     assert Uniforms(-1, 0).at(0) == Uniforms(2**64 - 1, 0).at(0)
     assert Uniforms(None, 0).at(0) != Uniforms(None, 0).at(0)
+
+
+# ---- repetition penalty
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    penalty=st.floats(0.25, 4.0),
+    greedy=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_a_repetition_penalty_is_that_of_transformers(
+    seed: int, penalty: float, greedy: bool
+) -> None:
+    """Among rows without one, which draw what they would alone; logprobs are told without it."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_NV = torch.randn(3, 12, generator=generator) * 3
+    before_NL = torch.randint(0, 12, (3, 6), generator=generator)
+    plain = SamplingParams(temperature=0.0 if greedy else 1.0)
+    params = [plain, replace(plain, repetition_penalty=penalty), plain]
+    seen_PV = torch.zeros(1, 12, dtype=torch.bool)
+    seen_PV[0, before_NL[1]] = True
+    numbers = [] if greedy else [0.3, 0.6, 0.9]
+    rules = DrawRules.of(params, 12, CPU)
+    drawn = draw(logits_NV.clone(), rules, numbers, seen_PV)
+
+    processor: Any = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    theirs_NV = logits_NV.clone()
+    theirs_NV[1:2] = processor(before_NL[1:2], logits_NV[1:2].clone())
+    expected = draw(theirs_NV, DrawRules.of([plain] * 3, 12, CPU), numbers)
+    assert drawn.tokens == expected.tokens
+    logprobs_N = logits_NV.log_softmax(-1)[torch.arange(3), torch.tensor(drawn.tokens)]
+    assert torch.allclose(torch.tensor(drawn.logprobs), logprobs_N, atol=1e-5)

@@ -28,6 +28,22 @@ def test_greedy_is_what_transformers_generates(make: MakeDriver, plain: PlainMod
     assert found.tokens.tolist() == plain.generate(tokens, 40)
 
 
+def test_a_repetition_penalty_generates_what_transformers_does(
+    make: MakeDriver, plain: PlainModel
+) -> None:
+    """Across chunks of the prompt and lanes, beside a request without one."""
+    driver, tokens = make(), prompt(40)
+    others = [driver.submit(request(prompt(9, i), 40, temperature=0)) for i in range(3)]
+    asked = request(tokens, 40, temperature=0, repetition_penalty=1.5, stop=Stop())
+    found = driver.sample(asked)
+    assert found.tokens.tolist() == plain.generate(tokens, 40, repetition_penalty=1.5)
+    assert found.tokens.tolist() != plain.generate(tokens, 40)
+    expected = plain.of_tokens(tokens, found.tokens.tolist())
+    assert np.abs(found.logprobs - expected).max() < CLOSE
+    alone = make().sample(request(prompt(9, 1), 40, temperature=0))
+    assert same(driver.result(others[1]).sequences[0], alone)
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
 def test_logprobs_of_base_model(make: MakeDriver, plain: PlainModel, length: int) -> None:
     """Prompts below, at and above the prefill chunk of 32; outputs that change lanes at 64."""

@@ -24,7 +24,8 @@ def load(folder: Path) -> Any:
 class DenseRun:
     def __init__(self, model: Any, state: AdapterState) -> None:
         self._model = model
-        self._scale = state.spec.alpha / state.spec.rank
+        rank = state.spec.rank
+        self._scale = state.spec.alpha / (rank**0.5 if state.spec.rslora else rank)
         self.weights = {k: torch.tensor(v, requires_grad=True) for k, v in state.weights.items()}
         self._optimizer: Any = torch.optim.AdamW(list(self.weights.values()))
 

@@ -35,6 +35,7 @@ SPECS = (
     LoraSpec(rank=1, seed=2, train_unembed=False),
     LoraSpec(rank=16, seed=3, train_attn=False),
     LoraSpec(rank=8, seed=4, train_attn=False, train_mlp=False),
+    LoraSpec(rank=4, seed=5, rslora=True, targets=("k_proj", "layers.1.mlp.up_proj", "lm_head")),
 )
 
 

@@ -26,6 +26,7 @@ from twinkle_dask.local import LocalService, local_service  # noqa: E402
 MODEL = "tiny/qwen3"
 KEY = "tml-first-tenant-key"
 OTHER_KEY = "tml-second-tenant-key"
+PLAIN_KEY = "a-key-without-prefix"
 SERVER_PYTHON = Path(sys.prefix).parents[1] / "bin" / "python"
 
 
@@ -49,7 +50,7 @@ def start_service(
 
     def start(**settings: Any) -> Any:
         given = {
-            "api_keys": [KEY, OTHER_KEY],
+            "api_keys": [KEY, OTHER_KEY, PLAIN_KEY],
             "dtype": "float32",
             "data_roots": [str(data_root)],
             "data_dir": tmp_path_factory.mktemp("data"),

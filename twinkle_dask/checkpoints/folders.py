@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors   what PEFT, vLLM and others load
     optimizer.safetensors                            exp_avg.<name>, exp_avg_sq.<name>
+    steps.safetensors                                memory of another optimizer: <name>.<its word>
     gradients.safetensors                            accumulated, not yet spent (snapshots)
     state.json                                       the rest, and the digests of the files above
 
@@ -14,12 +15,20 @@ from typing import Protocol
 
 from twinkle_dask.checkpoints.peft_config import own_name, peft_config, peft_name
 from twinkle_dask.checkpoints.state_file import STATE_FILE, StateFile, parse_state, state_file
-from twinkle_dask.checkpoints.tensors import check_pairs, check_same, decode, encode, split
+from twinkle_dask.checkpoints.tensors import (
+    check_belongs,
+    check_pairs,
+    check_same,
+    decode,
+    encode,
+    split,
+)
 from twinkle_dask.types import AdapterState, Float32Array, OptimizerState, RunState
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_STEPS_FILE = "steps.safetensors"
 _GRADIENTS_FILE = "gradients.safetensors"
 
 _PEFT_PREFIX = "base_model.model."
@@ -67,6 +76,8 @@ def write_state(blobs: Blobs, path: str, state: RunState, *, base_model: str) ->
     files = adapter_files(state.adapter, base_model)
     if state.optimizer is not None:
         files[_OPTIMIZER_FILE] = encode(_moments(state.optimizer))
+    if state.steps is not None and state.steps.optimizer is not None:
+        files[_STEPS_FILE] = encode(state.steps.tensors)
     if state.gradients is not None:
         files[_GRADIENTS_FILE] = encode(state.gradients)
     # Last, as the mark of a whole folder where a store cannot rename.
@@ -104,11 +115,17 @@ def read_state(blobs: Blobs, path: str) -> RunState:
         optimizer = OptimizerState(
             step=state.optimizer_step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
         )
+    steps = None
+    if state.steps is not None:
+        has_memory = state.steps.optimizer is not None
+        memory = _read(blobs, path, _STEPS_FILE, state) if has_memory else {}
+        check_belongs(memory, adapter.weights, f"{path}/{_STEPS_FILE}")
+        steps = state.steps.state(memory)
     gradients = None
     if _GRADIENTS_FILE in state.files:
         gradients = _read(blobs, path, _GRADIENTS_FILE, state)
         check_same(gradients, adapter.weights, f"{path}/{_GRADIENTS_FILE}")
-    return RunState(adapter=adapter, optimizer=optimizer, gradients=gradients)
+    return RunState(adapter=adapter, optimizer=optimizer, gradients=gradients, steps=steps)
 
 
 def read_adapter(blobs: Blobs, path: str) -> AdapterState:

@@ -7,7 +7,8 @@ by the names ``experts.base_layer`` and ``experts``.
 
 import re
 
-from twinkle_dask.types import AdapterState, Json
+from twinkle_dask.lora_targets import is_target
+from twinkle_dask.types import AdapterState, Json, LoraSpec
 
 _EXPERTS = (
     (".experts.gate_up_proj.lora_", ".experts.base_layer.lora_"),
@@ -34,9 +35,10 @@ def own_name(name: str) -> str:
 def peft_config(adapter: AdapterState, base_model: str) -> Json:
     """Settings of a PEFT ``LoraConfig``, all of those that say what the adapter computes.
 
-    Targets are the last parts of the adapted paths; PEFT matches them in every layer, and
-    ``twinkle_dask.model.targets`` adapts a name in all layers or in none. A model that sees has the
-    same names in its vision tower, which is therefore excluded.
+    Targets are what the tenant named, or else the last parts of the adapted paths; PEFT matches
+    them in every layer, and the groups of ``twinkle_dask.model.targets`` adapt a name in all layers
+    or in none. A model that sees has the same names in its vision tower, which is therefore
+    excluded.
     """
     paths = {name.rsplit(".lora_", 1)[0] for name in adapter.weights}
     experts = {path for path in paths if path.split(".")[-2:-1] == ["experts"]}
@@ -49,9 +51,9 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
         "auto_mapping": None,
         "inference_mode": True,
         "r": adapter.spec.rank,
-        # PEFT declares an int; scale is lora_alpha / r either way.
+        # PEFT declares an int, and divides by r or its root either way.
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "target_modules": sorted({_last_parts(path) for path in paths - experts}),
+        "target_modules": _target_modules(adapter.spec, paths - experts),
         "target_parameters": sorted({".".join(path.split(".")[-2:]) for path in experts}) or None,
         "exclude_modules": _elsewhere(paths),
         "modules_to_save": None,
@@ -61,12 +63,18 @@ def peft_config(adapter: AdapterState, base_model: str) -> Json:
         "alpha_pattern": {},
         "bias": "none",
         "lora_bias": False,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.spec.dropout,
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": adapter.spec.rslora,
         "use_dora": False,
         "init_lora_weights": True,
     }
+
+
+def _target_modules(spec: LoraSpec, paths: set[str]) -> list[str]:
+    if spec.targets is None:
+        return sorted({_last_parts(path) for path in paths})
+    return sorted({name for name in spec.targets if any(is_target(path, name) for path in paths)})
 
 
 def _elsewhere(paths: set[str]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twinkle_dask.errors import CheckpointCorrupt
-from twinkle_dask.types import LoraSpec, RunState
+from twinkle_dask.types import Float32Array, LoraSpec, RunState, StepState
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
@@ -23,11 +23,41 @@ class FileDigest(BaseModel):
     sha256: str
 
 
+class StepCounts(BaseModel):
+    """``StepState`` without its tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    gradients: Annotated[int, Field(ge=0)]
+    at_boundary: bool
+    gradient_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    steps: Annotated[int, Field(ge=0)]
+    schedule_steps: Annotated[int, Field(ge=0)]
+    optimizer: str | None
+
+    @classmethod
+    def of(cls, state: StepState) -> "StepCounts":
+        """What of a state is no array."""
+        return cls(
+            gradients=state.gradients,
+            at_boundary=state.at_boundary,
+            gradient_tokens=state.gradient_tokens,
+            steps=state.steps,
+            schedule_steps=state.schedule_steps,
+            optimizer=state.optimizer,
+        )
+
+    def state(self, tensors: Mapping[str, Float32Array]) -> StepState:
+        """The state again."""
+        return StepState(**self.model_dump(), tensors=tensors)
+
+
 class StateFile(BaseModel):
     """The file's contents.
 
     Attributes:
-        optimizer_step: Steps taken; None where no optimizer was saved.
+        optimizer_step: Steps taken by AdamW; None where no optimizer was saved.
+        steps: Of ``GradientStep``; None where there is nothing to say, and in folders of before.
         files: Digests by file name, of every other file of the folder.
     """
 
@@ -37,6 +67,7 @@ class StateFile(BaseModel):
     base_model: str
     spec: LoraSpec
     optimizer_step: Annotated[int, Field(ge=0)] | None
+    steps: StepCounts | None = None
     files: dict[str, FileDigest]
 
     def check_digest(self, name: str, data: bytes, where: str) -> None:
@@ -59,6 +90,7 @@ def state_file(state: RunState, base_model: str, files: Mapping[str, bytes]) -> 
         base_model=base_model,
         spec=state.adapter.spec,
         optimizer_step=None if state.optimizer is None else state.optimizer.step,
+        steps=None if state.steps is None else StepCounts.of(state.steps),
         files={
             name: FileDigest(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             for name, data in files.items()

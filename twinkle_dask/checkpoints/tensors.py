@@ -32,7 +32,7 @@ def encode(
     """
     # safetensors reads the memory as it lies: a strided view would be written as other numbers.
     solid = {
-        prefix + name: np.ascontiguousarray(array, dtype="<f4") for name, array in arrays.items()
+        prefix + name: np.asarray(array, dtype="<f4", order="C") for name, array in arrays.items()
     }
     return _safetensors.save(solid, None if framework is None else {"format": framework})
 
@@ -110,3 +110,17 @@ def check_same(
             raise CheckpointCorrupt(
                 f"{where}: {name} has the shape {array.shape}, its weight {weights[name].shape}."
             )
+
+
+def check_belongs(
+    arrays: Mapping[str, Float32Array], weights: Mapping[str, Float32Array], where: str
+) -> None:
+    """Every array must be a single number, or named after a weight and a word behind it.
+
+    Raises:
+        CheckpointCorrupt: Names one that is not.
+    """
+    for name, array in arrays.items():
+        weight, _, _ = name.rpartition(".")
+        if weight not in weights if weight else array.shape != ():
+            raise CheckpointCorrupt(f"{where} holds an unexpected array {name}.")

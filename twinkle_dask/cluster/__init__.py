@@ -4,5 +4,6 @@
 * ``host``: the actor, on the worker's side; ``engine_thread`` computes for it.
 * ``link``: one host as the gateway sees it.
 * ``placement``: which worker carries what; pure.
+* ``processing``: tasks on CPU workers; ``turns`` says whose is next.
 * ``supervisor``: starts or joins a cluster, places hosts, notices losses and replaces them.
 """

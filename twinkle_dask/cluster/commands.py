@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Final
 
 from twinkle_dask import errors, packing
-from twinkle_dask.types import LoraSpec, RunId, TenantId
+from twinkle_dask.types import LoraSpec, RunId, SamplePart, TenantId
 
 #: Name of the handler through which a worker's host and a gateway talk: see ``Host.carry``.
 STREAM: Final = "twinkle-dask"
@@ -109,10 +109,12 @@ class Sample:
 
     Attributes:
         adapter: Folder with the adapter's weights; None samples the base model.
+        watched: Send what is drawn as it comes, as ``Part``s before the completion.
     """
 
     request: bytes
     adapter: str | None
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +131,7 @@ class Command:
     Attributes:
         id: Unique over all time; names the completion.
         run: The run whose order the command joins; empty for samples and cancels.
-        body: One of the above, a ``ForwardBackward`` or an ``OptimStep``, packed.
+        body: One of the above, a ``ForwardBackward`` or a step, packed.
     """
 
     id: str
@@ -174,6 +176,14 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some of what a watched sample command has drawn, in order, before its completion."""
+
+    id: str
+    drawn: SamplePart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """The answer to a probe.
 
@@ -207,6 +217,7 @@ packing.register(
     Health,
     HostConfig,
     LoadFolder,
+    Part,
     Role,
     Sample,
     SaveFolder,

@@ -38,13 +38,22 @@ from twinkle_dask.cluster.commands import (
     Sample,
     SaveFolder,
 )
+from twinkle_dask.cluster.parts import Parts
 from twinkle_dask.errors import HostLost, ServiceFault, TwinkleDaskError, new_incident
 from twinkle_dask.logs import configure
 from twinkle_dask.store.blobs import BlobStore
-from twinkle_dask.types import ForwardBackward, OptimStep, RunState
+from twinkle_dask.types import (
+    Embed,
+    ForwardBackward,
+    GradientStep,
+    OptimStep,
+    RunState,
+    SampleRequest,
+)
 
 if TYPE_CHECKING:
     from twinkle_dask.cluster.engine_thread import EngineThread
+    from twinkle_dask.sampler import interface
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -94,6 +103,7 @@ class Host:
         self._comm: Any = None
         self._samples: set[str] = set()
         self._completions: list[Completion] = []
+        self._parts = Parts(self._wake)
         self._saving: dict[str, tuple[Command, SaveFolder | ExportFolder, int]] = {}
         self._lock = threading.Lock()
         self._engine, self._facts = self._build()
@@ -190,9 +200,13 @@ class Host:
             self._arrived.clear()
             with self._lock:
                 completions, self._completions = self._completions, []
-            if completions:
+            # Taken after the completions, so that no part comes after its own.
+            answers = [*self._parts.take(), *completions]
+            if answers:
                 try:
-                    await comm.write(packing.pack(completions))
+                    await comm.write(packing.pack(answers))
+                    for completion in completions:
+                        self._parts.end(completion.id)
                 except OSError:
                     return  # the reader meets it too; the gateway has all of this done again
                 except Exception:
@@ -223,6 +237,7 @@ class Host:
         for command_id in tuple(self._samples):
             self._engine.forget_sample(command_id)
         self._samples.clear()
+        self._parts.clear()
         self._saving.clear()
         with self._lock:
             self._completions.clear()
@@ -244,7 +259,7 @@ class Host:
             )
 
         match body:
-            case ForwardBackward() | OptimStep():
+            case ForwardBackward() | Embed() | OptimStep() | GradientStep():
                 train(body)
             case CreateRun():
                 train(work.CreateRun(spec=body.spec))
@@ -265,15 +280,30 @@ class Host:
                 self._samples.add(command.id)
                 self._engine.sample(
                     interface.SampleWork(
-                        id=command.id, tenant=command.tenant, request=request, adapter=body.adapter
+                        id=command.id,
+                        tenant=command.tenant,
+                        request=request,
+                        adapter=body.adapter,
+                        watch=self._watch(command.id, request) if body.watched else None,
                     )
                 )
             case Cancel():
                 self._samples.discard(body.command_id)
+                self._parts.end(body.command_id)
                 self._engine.cancel_sample(body.command_id)
                 self._complete(command.id, None)
             case _:
                 raise ServiceFault(f"Hosts do not know {type(body).__name__}.")
+
+    def _watch(self, command_id: str, request: SampleRequest) -> "interface.Watch":
+        from twinkle_dask.sampler.text_stream import TextStream
+
+        sampler = self._engine.sampler
+        tokenizer = None if sampler is None else sampler.tokenizer
+        if tokenizer is None:
+            return self._parts.watch(command_id, None)
+        prompt = request.prompt[-8:].tolist()
+        return self._parts.watch(command_id, lambda: TextStream(tokenizer, prompt))
 
     def _on_done(self, command_id: str, outcome: object) -> None:
         saving = self._saving.pop(command_id, None)
@@ -321,6 +351,10 @@ class Host:
             if epoch is not None and epoch != self._epoch:
                 return
             self._completions.append(completion)
+        self._wake()
+
+    def _wake(self) -> None:
+        """There is something to send. Any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._arrived.set)
 

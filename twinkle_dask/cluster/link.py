@@ -24,10 +24,11 @@ from twinkle_dask.cluster.commands import (
     Completion,
     Failure,
     Health,
+    Part,
     Role,
 )
 from twinkle_dask.errors import HostLost
-from twinkle_dask.types import ModelFacts
+from twinkle_dask.types import ModelFacts, SamplePart
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -76,6 +77,7 @@ class HostLink:
         self._outbox: deque[Command] = deque()
         self._outbox_filled = asyncio.Event()
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
+        self._watching: dict[str, Callable[[SamplePart], None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._comm: Any = None
         self._on_lost: Callable[[HostLink], None] = lambda _: None
@@ -96,17 +98,26 @@ class HostLink:
         jobs = (self._write_forever(comm), self._read_forever(comm), self._probe_forever())
         self._tasks = [asyncio.create_task(self._guard(job)) for job in jobs]
 
-    def send(self, command: Command) -> "asyncio.Future[bytes]":
+    def send(
+        self, command: Command, on_part: "Callable[[SamplePart], None] | None" = None
+    ) -> "asyncio.Future[bytes]":
         """Queue a command. The future gives its packed result.
 
         Commands of one run reach the host in the order of these calls. The future raises what the
         host answered, or HostLost; then nobody knows whether the command took effect.
+
+        Args:
+            command: What to do.
+            on_part: Told what a watched sample has drawn, each time before the future is done.
         """
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         if self.lost.is_set():
             future.set_exception(HostLost(f"Host {self.name} is gone."))
             return future
         self._waiting[command.id] = future
+        if on_part is not None:
+            self._watching[command.id] = on_part
+            future.add_done_callback(lambda _: self._watching.pop(command.id, None))
         future.add_done_callback(lambda done: done.cancelled() and self._forget(command.id))
         self._outbox.append(command)
         self._outbox_filled.set()
@@ -186,9 +197,12 @@ class HostLink:
         while True:
             with _host_lost():
                 message = await comm.read()
-            completions: tuple[Completion, ...] = open_answer(message)
-            for completion in completions:
-                self._settle(completion)
+            answers: tuple[Completion | Part, ...] = open_answer(message)
+            for answer in answers:
+                if isinstance(answer, Completion):
+                    self._settle(answer)
+                elif (on_part := self._watching.get(answer.id)) is not None:
+                    on_part(answer.drawn)
 
     def _settle(self, completion: Completion) -> None:
         future = self._waiting.pop(completion.id, None)

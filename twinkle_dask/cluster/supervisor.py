@@ -23,6 +23,7 @@ from twinkle_dask.cluster.embedded import start_embedded, stop_embedded, use_set
 from twinkle_dask.cluster.host import Host
 from twinkle_dask.cluster.link import HostLink, call_actor, open_answer
 from twinkle_dask.cluster.placement import Slot, num_workers_needed, plan
+from twinkle_dask.cluster.processing import Processing
 from twinkle_dask.config import ServiceConfig
 from twinkle_dask.errors import HostLost, StartupError
 from twinkle_dask.types import ModelFacts
@@ -45,10 +46,15 @@ class Worker:
 class Supervisor:
     """Keeps a host alive for every slot of the plan.
 
+    Attributes:
+        processing: Work on CPU workers; there once ``start`` has returned.
+
     Args:
         config: Of the whole service.
         blob_url: Where hosts write folders; every worker must reach it.
     """
+
+    processing: Processing
 
     def __init__(self, config: ServiceConfig, blob_url: str) -> None:
         self._config = config
@@ -77,6 +83,12 @@ class Supervisor:
             self._client = await self._connect(address)
         except OSError as error:
             raise StartupError(f"Cannot reach the Dask scheduler {address}: {error}") from None
+        self.processing = Processing(
+            self._config.processing,
+            lambda: self._client,
+            scheduler=address if self._cluster is not None else None,
+            log_level=self._config.log_level,
+        )
         slots = plan(self._config.models, await self._enough_workers())
         taken = await self._take_over(slots)
         await asyncio.gather(*(self._place(slot) for slot in slots if slot not in taken))
@@ -88,6 +100,15 @@ class Supervisor:
     def links(self) -> tuple[HostLink, ...]:
         """Hosts that are up."""
         return tuple(self._links.values())
+
+    def why_not_up(self, source: str) -> str | None:
+        """What is missing of a base model's hosts, in words; None if nothing is."""
+        if not self._with_role(source, Role.TRAINER):
+            return "No host that trains it is up; another is being started."
+        sampled = self._facts[source].why_not_sampled is None
+        if sampled and not self._with_role(source, Role.SAMPLER):
+            return "No host that samples it is up; another is being started."
+        return None
 
     async def trainer(self, source: str) -> HostLink:
         """The host with the fewest runs that trains this base model; waits until there is one."""
@@ -123,6 +144,7 @@ class Supervisor:
         for link in links:
             await link.stop()
         if self._client is not None:
+            await self.processing.close()
             self._client.unsubscribe_topic("all")
             await self._client.close()
         if self._cluster is not None:

@@ -6,7 +6,7 @@ V vocabulary.
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -77,14 +77,13 @@ class BaseModel:
 
         Args:
             model: A ``transformers`` causal language model on its device, in its dtype.
-            facts: Told to whoever asks; not checked against the model.
+            facts: Told to whoever asks, with the linears' names; not checked against the model.
             tokenizer: Kept for others; not used here.
             vision: Of the model, if it sees; adapters are for its decoder alone.
 
         Raises:
             StartupError: The architecture computes something that adapters or heads here do not.
         """
-        self.facts = facts
         self.tokenizer = tokenizer
         self._model = model.eval().requires_grad_(False)
         # Typed Any: transformers gives its models' attributes no types.
@@ -112,6 +111,8 @@ class BaseModel:
                 group=Group.UNEMBED,
             ),
         )
+        paths = tuple(target.module_path for target in self._targets)
+        self.facts = replace(facts, linear_names=paths)
         self._experts: dict[str, AdaptedExperts] = {}
         self._wrapped = self._wrap()
         if self.device.type == "cpu":

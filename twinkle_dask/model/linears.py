@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from twinkle_dask.model.dropout import Dropout
 from twinkle_dask.model.lora import BatchPlan, PlanContext, Segment, add_adapters
 
 # Most columns of several adapters side by side. All positions are multiplied with all of them, so
@@ -61,6 +62,7 @@ class Bundle:
         scale_MS: The adapter's scale; of several, each position's scale in the columns of the
             adapter that it wears, and 0 in the others'.
         a_SD: As one below another.
+        dropped: What its one linear leaves out, and that linear's path.
     """
 
     rows: slice | Tensor
@@ -68,6 +70,14 @@ class Bundle:
     a_SD: Tensor
     members: Sequence[Member]
     learners: Sequence[Learner]
+    dropped: tuple[Dropout, str] | None = None
+
+    def read(self, x_MD: Tensor) -> Tensor:
+        """What its As see of its inputs; as well, what of a gradient by that goes back to them."""
+        if self.dropped is None:
+            return x_MD
+        dropout, path = self.dropped
+        return dropout.applied(x_MD, path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +112,8 @@ class _Worn:
         In float32 no two adapters share a product: sums would be cut in other places than alone.
         Infinite or NaN weights would reach the others' positions as 0 times infinity.
         """
+        if self.segment.dropout is not None:
+            return False
         return self.pairs[0][2].dtype != torch.float32 and self.segment.adapter.finite
 
 
@@ -111,6 +123,10 @@ def _bundles(paths: Sequence[str], plan: BatchPlan, num_rows: int, length: int) 
         found = [(i, path, segment.adapter.pair(path)) for i, path in enumerate(paths)]
         pairs = [(i, path, *pair) for i, path, pair in found if pair is not None]
         if not pairs:
+            continue
+        if segment.dropout is not None:
+            # Each linear leaves out something else, so they share no input.
+            groups += [[_Worn(segment, segment.rows, [pair])] for pair in pairs]
             continue
         worn = _Worn(segment, segment.rows, pairs)
         if (
@@ -136,7 +152,9 @@ def _alone(worn: _Worn) -> Bundle:
     if a_SD is None:
         a_SD = torch.cat(stack)
     learners = _learner(worn, slice(None), [member.columns for member in members], whole=True)
-    return Bundle(worn.rows, worn.segment.adapter.scale, a_SD, members, learners)
+    dropout = worn.segment.dropout
+    dropped = None if dropout is None else (dropout, worn.pairs[0][1])
+    return Bundle(worn.rows, worn.segment.adapter.scale, a_SD, members, learners, dropped)
 
 
 def _together(group: Sequence[_Worn], plan: BatchPlan) -> Bundle:
@@ -250,7 +268,7 @@ class _AdaptedLinears(torch.autograd.Function):
         )
         projections: list[Tensor] = []
         for bundle in bundles:
-            h_MS = (x_TD[bundle.rows] @ bundle.a_SD.T).mul_(bundle.scale_MS)
+            h_MS = (bundle.read(x_TD[bundle.rows]) @ bundle.a_SD.T).mul_(bundle.scale_MS)
             for member in bundle.members:
                 _add_rows(ys[member.index], bundle.rows, h_MS[:, member.columns], member.b_SE)
             if bundle.learners:
@@ -300,16 +318,19 @@ def _bundle_backward(
         else:
             parts.append(grad_TE[bundle.rows] @ member.b_SE.T)
     grad_MS = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mul_(bundle.scale_MS)
-    if grad_TD is not None:
+    if grad_TD is not None and bundle.dropped is None:
         _add_rows(grad_TD, bundle.rows, grad_MS, bundle.a_SD)
+    elif grad_TD is not None:
+        grad_TD[bundle.rows] += bundle.read(grad_MS @ bundle.a_SD)
     for learner in bundle.learners:
         if x_TD is not None and h_MS is not None:
-            _learn(learner, x_TD, h_MS[learner.local], grad_MS[learner.local], grads)
+            x_MD = bundle.read(x_TD[learner.rows])
+            _learn(learner, x_MD, h_MS[learner.local], grad_MS[learner.local], grads)
 
 
 def _learn(
     learner: Learner,
-    x_TD: Tensor,
+    x_MD: Tensor,
     h_MS: Tensor,
     grad_MS: Tensor,
     grads: Sequence[Tensor | None],
@@ -322,7 +343,6 @@ def _learn(
     if learner.columns is not None:
         own = [grad_MS[:, columns] for columns in learner.columns]
         grad_MS = own[0] if len(own) == 1 else torch.cat(own, -1)
-    x_MD = x_TD[learner.rows]
     for columns, buffer in learner.grads_a:
         _accumulate(buffer, grad_MS[:, columns].T, x_MD)
 

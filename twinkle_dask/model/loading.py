@@ -3,10 +3,8 @@
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -18,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
 
 from twinkle_dask.errors import StartupError
 from twinkle_dask.model.base import BaseModel
-from twinkle_dask.model.source import ModelSource, SourceKind, check_source, hub_is_offline
+from twinkle_dask.model.source import ModelSource, check_source
+from twinkle_dask.model.tokenizer import file_arguments, first_line, load_tokenizer, to_local
 from twinkle_dask.model.vision import FAMILIES, Vision
 from twinkle_dask.types import ModelFacts
 
@@ -29,13 +28,6 @@ _config_class: Any = transformers.AutoConfig
 _model_class: Any = transformers.AutoModelForCausalLM
 _seeing_class: Any = transformers.AutoModelForImageTextToText
 _image_processor_class: Any = transformers.AutoImageProcessor
-_tokenizer_class: Any = transformers.AutoTokenizer
-_hub: Any = huggingface_hub
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# Other layouts of the same weights that some hub repositories carry as well.
-_NOT_FROM_HUB = ["*/*", "consolidated*"]
 
 _MIN_HIDDEN_FOR_BFLOAT16 = 512
 
@@ -62,10 +54,10 @@ def load_base(source: str, dtype: str, max_rank: int) -> BaseModel:
     # Progress bars would break up the log on standard error.
     transformers.utils.logging.disable_progress_bar()
     started_s = time.monotonic()
-    place = _local(check_source(source))
+    place = to_local(check_source(source))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load_model(place, dtype, device).to(device)
-    tokenizer = _load_tokenizer(place)
+    tokenizer = load_tokenizer(place)
     vision = _load_vision(model, place)
     facts = _facts(model, place, tokenizer, max_rank)
     if vision is not None:
@@ -116,27 +108,9 @@ def _bfloat16_is_fast(device: torch.device, hidden_size: int) -> bool:
     )
 
 
-def _local(place: ModelSource) -> ModelSource:
-    """The same model on this machine: a hub id becomes a folder of the hub's cache."""
-    if place.kind is not SourceKind.HUB:
-        return place
-    try:
-        folder: str = _hub.snapshot_download(
-            place.location, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_FROM_HUB
-        )
-    # Network, permission, spelling, disk: each has its own class, and the operator one way to act.
-    except Exception as error:
-        offline = " HF_HUB_OFFLINE is set, so nothing is downloaded." if hub_is_offline() else ""
-        raise StartupError(
-            f"Model {place.location!r} is no local path, and the Hugging Face hub gave no model of "
-            f"that id.{offline} ({_first_line(error)})"
-        ) from error
-    return check_source(folder)
-
-
 def _load_model(place: ModelSource, dtype: str, device: torch.device) -> nn.Module:
     try:
-        config = _config_class.from_pretrained(place.location, **_file(place))
+        config = _config_class.from_pretrained(place.location, **file_arguments(place))
         _refuse_unsupported(config, place)
         model_class = _seeing_class if config.model_type in FAMILIES else _model_class
         model, report = model_class.from_pretrained(
@@ -155,24 +129,18 @@ def _load_model(place: ModelSource, dtype: str, device: torch.device) -> nn.Modu
     except Exception as error:
         damaged = "its weights are damaged: " if isinstance(error, SafetensorError) else ""
         raise StartupError(
-            f"Model {place.location} cannot be loaded: {damaged}{_first_line(error)}"
+            f"Model {place.location} cannot be loaded: {damaged}{first_line(error)}"
         ) from error
     _refuse_incomplete(report, place)
     return model
 
 
-def _file(place: ModelSource) -> dict[str, Any]:
-    # Unless told not to, transformers asks on the terminal whether to run a model's own code.
-    return {"trust_remote_code": False} | (
-        {} if place.gguf_file is None else {"gguf_file": place.gguf_file}
-    )
-
-
 def _weights(place: ModelSource) -> dict[str, Any]:
     if place.gguf_file is None:
-        return {**_file(place), "use_safetensors": True}
+        return {**file_arguments(place), "use_safetensors": True}
     # Packed weights have no plain linears to adapt, and their kernels no gradient.
-    return {**_file(place), "quantization_config": transformers.GgufConfig(dequantize=True)}
+    plain = transformers.GgufConfig(dequantize=True)
+    return {**file_arguments(place), "quantization_config": plain}
 
 
 def _load_vision(model: nn.Module, place: ModelSource) -> Vision | None:
@@ -181,11 +149,11 @@ def _load_vision(model: nn.Module, place: ModelSource) -> Vision | None:
     try:
         # "pil" computes without torchvision, and the same numbers on every machine.
         processor = _image_processor_class.from_pretrained(
-            place.location, backend="pil", **_file(place)
+            place.location, backend="pil", **file_arguments(place)
         )
     except Exception as error:  # as many kinds as there are image processors
         raise StartupError(
-            f"The image processor of model {place.location} cannot be loaded: {_first_line(error)}"
+            f"The image processor of model {place.location} cannot be loaded: {first_line(error)}"
         ) from error
     return Vision(model, processor)
 
@@ -230,26 +198,6 @@ def _refuse_incomplete(report: Any, place: ModelSource) -> None:
             raise StartupError(
                 f"Model {place.location} {what.format(len(names))}, for example {names[0]}."
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _load_tokenizer(place: ModelSource) -> Any | None:
-    """The source's tokenizer, or None: token ids in and out are a use of their own."""
-    # Asked without its files, transformers makes an empty tokenizer for some model types.
-    if place.gguf_file is None and not any(
-        Path(place.location, name).exists() for name in _TOKENIZER_FILES
-    ):
-        log.info("No tokenizer in %s", place.location)
-        return None
-    try:
-        return _tokenizer_class.from_pretrained(place.location, **_file(place))
-    except Exception as error:  # as many kinds as there are tokenizer formats
-        raise StartupError(
-            f"The tokenizer of model {place.location} cannot be loaded: {_first_line(error)}"
-        ) from error
 
 
 def _facts(model: Any, place: ModelSource, tokenizer: Any | None, max_rank: int) -> ModelFacts:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from twinkle_dask.model.dropout import Dropout
 from twinkle_dask.types import AdapterState, LoraSpec
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class LoraTensors:
 
     Attributes:
         spec: Rank, alpha and which groups are adapted.
-        scale: ``alpha / rank``.
+        scale: Of the product, as the spec says.
         master: Float32 weights by name, ``<module path>.lora_A.weight`` (R, D) and
             ``.lora_B.weight`` (E, R). Whoever changes one in place calls ``touch`` afterwards.
     """
@@ -55,7 +56,7 @@ class LoraTensors:
             finite: Whether all weights are, where there is a cheaper way than one by one.
         """
         self.spec = spec
-        self.scale = spec.alpha / spec.rank
+        self.scale = spec.scale
         self.master = master
         self._make = copies or (lambda: {name: w.to(dtype) for name, w in master.items()})
         self._copies: Mapping[str, Tensor] | None = None
@@ -105,11 +106,13 @@ class Segment:
         rows: A slice of rows (no copies) or int64 row indices.
         grads: Buffers under the weights' names that ``backward`` adds to, float32 or of the
             computation's dtype; None if these rows need no gradient of the adapter.
+        dropout: What the adapter leaves out; only in plans over positions.
     """
 
     rows: slice | Tensor
     adapter: LoraTensors
     grads: Mapping[str, Tensor] | None = None
+    dropout: Dropout | None = None
 
 
 class BatchPlan:
@@ -145,7 +148,7 @@ class BatchPlan:
                 rows = slice(start * length, stop * length)
             else:
                 rows = (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
-            segments.append(Segment(rows, segment.adapter, segment.grads))
+            segments.append(Segment(rows, segment.adapter, segment.grads, segment.dropout))
         return BatchPlan(tuple(segments), over_positions=True)
 
     def remember(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -167,7 +170,8 @@ class BatchPlan:
     def stack(self, module_path: str, num_rows: int) -> "Stack | None":
         """All that is worn on this module as one pair of matrices, for ``num_rows`` rows.
 
-        None if some adapter holds an infinite or NaN weight: it would reach the others' rows.
+        None if some adapter holds an infinite or NaN weight, which would reach the others' rows, or
+        leaves out something.
         """
         key = module_path, num_rows
         if key not in self._stacks:
@@ -227,6 +231,8 @@ class Stack:
 
 
 def _stack(worn: list[Worn], num_rows: int) -> Stack | None:
+    if any(item.segment.dropout is not None for item in worn):
+        return None
     a_SD = torch.cat([item.a_RD for item in worn])
     b_SE = torch.cat([item.b_ER.T for item in worn])
     if not b_SE.isfinite().all():  # zero times infinity is NaN; A's columns are masked instead
@@ -260,7 +266,7 @@ def add_adapters(x_BLD: Tensor, y_BLE: Tensor, module_path: str, plan: BatchPlan
             _add_stacked(x_BLD, y_BLE, stack)
             return
     for item in worn:
-        _add_one(x_BLD, y_BLE, item)
+        _add_one(x_BLD, y_BLE, item, module_path)
 
 
 def _add_stacked(x_B1D: Tensor, y_B1E: Tensor, stack: Stack) -> None:
@@ -285,7 +291,10 @@ def _add_product(
         y_BLE.index_add_(0, rows, change_ME.view(-1, *y_BLE.shape[1:]), alpha=scale)
 
 
-def _add_one(x_BLD: Tensor, y_BLE: Tensor, worn: Worn) -> None:
-    rows = worn.segment.rows
-    h_MR = _flat(x_BLD, rows) @ worn.a_RD.T
+def _add_one(x_BLD: Tensor, y_BLE: Tensor, worn: Worn, module_path: str) -> None:
+    rows, dropout = worn.segment.rows, worn.segment.dropout
+    x_MD = _flat(x_BLD, rows)
+    if dropout is not None:
+        x_MD = dropout.applied(x_MD, module_path)
+    h_MR = x_MD @ worn.a_RD.T
     _add_product(y_BLE, rows, h_MR, worn.b_ER.T, worn.segment.adapter.scale)

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from twinkle_dask.errors import InvalidRequest, StartupError
+from twinkle_dask.lora_targets import named
 from twinkle_dask.model.experts import EXPERT_WEIGHTS, can_adapt
 from twinkle_dask.types import LoraSpec
 
@@ -122,8 +123,28 @@ def chosen(targets: tuple[Target, ...], spec: LoraSpec) -> tuple[Target, ...]:
     """The targets that ``spec`` adapts.
 
     Raises:
-        InvalidRequest: The spec switches on a group of which this model has nothing.
+        InvalidRequest: The spec names or switches on what this model has nothing of, or wants
+            dropout where PEFT has none.
     """
+    if spec.targets is not None:
+        paths = set(named(spec.targets, tuple(target.module_path for target in targets)))
+        found = tuple(target for target in targets if target.module_path in paths)
+    else:
+        found = _switched_on(targets, spec)
+    routed = [target.module_path for target in found if target.num_experts > 1]
+    if len(routed) != len(EXPERT_WEIGHTS) * len({path.rpartition(".")[0] for path in routed}):
+        raise InvalidRequest(
+            f"Routed experts are adapted whole: name {' and '.join(EXPERT_WEIGHTS)}, or neither."
+        )
+    if spec.dropout and routed:
+        raise InvalidRequest(
+            "Adapters of routed experts take no dropout, as in PEFT: set lora_dropout to 0, or "
+            "choose other target modules."
+        )
+    return found
+
+
+def _switched_on(targets: tuple[Target, ...], spec: LoraSpec) -> tuple[Target, ...]:
     on = {Group.ATTN: spec.train_attn, Group.MLP: spec.train_mlp, Group.UNEMBED: spec.train_unembed}
     empty = [group for group in on if on[group] and group not in {t.group for t in targets}]
     if empty:

@@ -240,6 +240,7 @@ def describe(record: CheckpointRecord) -> CheckpointInfo:
         size_bytes=record.size_bytes,
         public=record.public,
         user_metadata=record.user_metadata,
+        tenant=record.tenant_id,
     )
 
 

@@ -5,6 +5,7 @@ import structlog
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.events import Events
 from twinkle_dask.operations.inflight import InflightWeights
+from twinkle_dask.operations.processors import Processors
 from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.samplers import Samplers
@@ -42,6 +43,7 @@ class Closing:
         recording: Recording,
         inflight: InflightWeights,
         checkpoints: Checkpoints,
+        processors: Processors,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -52,6 +54,7 @@ class Closing:
         self._recording = recording
         self._inflight = inflight
         self._checkpoints = checkpoints
+        self._processors = processors
 
     async def close_ended(self) -> None:
         """One round. A run that still has work, or weights being sampled, wait for a later one.
@@ -73,9 +76,12 @@ class Closing:
         await self._inflight.remove_superseded()
         await self._recording.remove_ended()
         await self._store.custom_losses.remove_ended()
+        await self._processors.close_ended()
 
     async def _close(self, run: RunRecord) -> None:
         await self._store.runs.close(run.id)
         payloads = await self._store.journal.prune_replayed(run.id)
-        await remove_all(self._blobs, [*payloads, f"snapshots/{run.id}"])
+        pending = await self._store.run_settings.remove(run.id)
+        left = [pending] if pending else []
+        await remove_all(self._blobs, [*payloads, *left, f"snapshots/{run.id}"])
         log.info("run_closed", run=run.id)

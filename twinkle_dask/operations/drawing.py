@@ -18,6 +18,7 @@ from twinkle_dask.errors import (
     TwinkleDaskError,
 )
 from twinkle_dask.operations.events import Completion, Events
+from twinkle_dask.operations.following import Following
 from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.samplers import Handle, Samplers, deleted
@@ -38,6 +39,7 @@ class Draw:
     Attributes:
         payload: The packed request, as it stands in the journal.
         recorded: Whether what is drawn is to be kept with the session.
+        following: Told what is drawn as it comes, and of the end; None if nobody follows.
     """
 
     ticket: TicketId
@@ -45,6 +47,7 @@ class Draw:
     seq: int | None
     payload: bytes
     recorded: bool
+    following: Following | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class Drawing:
     def _settled(self, draw: Draw, settling: "asyncio.Task[None]") -> None:
         del self._tasks[draw.ticket]
         self._quotas.samples.remove(draw.handle.record.tenant_id)
+        if draw.following is not None:
+            draw.following.end()
         if not settling.cancelled() and (error := settling.exception()) is not None:
             log.error("sample_failed", ticket=draw.ticket, exc_info=error)
 
@@ -167,7 +172,9 @@ class Drawing:
     async def _attempt(self, draw: Draw) -> bytes:
         """Draw on one host after the other until one answers, with the same seed."""
         async with self._samplers.weights(draw.handle) as folder:
-            body = packing.pack(Sample(request=draw.payload, adapter=folder))
+            following = draw.following
+            sample = Sample(request=draw.payload, adapter=folder, watched=following is not None)
+            body = packing.pack(sample)
             for _ in range(_MAX_LOSSES):
                 link = await self._supervisor.sampler(draw.handle.model.source, folder)
                 command = Command(
@@ -176,8 +183,10 @@ class Drawing:
                     tenant=draw.handle.record.tenant_id,
                     body=body,
                 )
+                if following is not None:
+                    following.start_over()
                 try:
-                    return await link.send(command)
+                    return await link.send(command, following and following.add)
                 except HostLost as error:
                     log.warning("sample_sent_again", why=error.message)
                 except asyncio.CancelledError:

@@ -150,7 +150,7 @@ class Finisher:
             path=request.folder,
             base_model=run.base_model,
             spec=run.spec,
-            has_optimizer=isinstance(request, SaveState),
+            has_optimizer=isinstance(request, SaveState) and request.optimizer,
             size_bytes=num_bytes,
             user_metadata={} if isinstance(request, SaveExternal) else request.user_metadata,
             created_at=now,

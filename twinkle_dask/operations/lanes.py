@@ -38,6 +38,7 @@ from twinkle_dask.errors import (
     HostLost,
     InvalidRequest,
     NotFound,
+    Saturated,
     ServiceFault,
     StorageFailed,
     TwinkleDaskError,
@@ -59,7 +60,7 @@ from twinkle_dask.scheduling import RunOrder
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.records import OperationRecord, OperationState, RunPhase, RunRecord
 from twinkle_dask.store.store import Store
-from twinkle_dask.types import ForwardBackward, OptimStep, TicketId
+from twinkle_dask.types import Embed, ForwardBackward, GradientStep, OptimStep, TicketId
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -76,12 +77,14 @@ class LaneOperation:
 
     Attributes:
         payload: The packed request, as it stands in the journal.
+        accepted_s: When it began to wait, on the clock of ``time.monotonic``.
     """
 
     ticket: TicketId
     seq: int
     request: LaneRequest
     payload: bytes = field(repr=False)
+    accepted_s: float = field(default_factory=time.monotonic, compare=False)
 
 
 Finish = Callable[[RunRecord, LaneOperation, bytes | TwinkleDaskError], Awaitable[None]]
@@ -147,6 +150,7 @@ class Lane:
         self._attempt = 0
         self._in_flight: dict[int, LaneOperation] = {}
         self._losses: Counter[int] = Counter()
+        self._giving_up: set[int] = set()
         self._answers: dict[int, asyncio.Task[None]] = {}
         self._recording = 0
         self._calm = asyncio.Event()
@@ -198,6 +202,28 @@ class Lane:
         """Free the host's memory once nothing is in flight; work brings the run back."""
         self._release_wanted = True
         self._wake.set()
+
+    async def fail_waiting(self, timeout_s: float) -> None:
+        """Fail what has waited so long for a host, while there is none.
+
+        What a host was given is let be: it may be half done. The making of a run waits on, since
+        everything else builds on it.
+        """
+        for seq, operation in list(self._in_flight.items()):
+            waited_s = time.monotonic() - operation.accepted_s
+            made = isinstance(operation.request, StartRun | UnloadRun)
+            if self._link is not None or made or waited_s < timeout_s or seq in self._giving_up:
+                continue
+            # Out of what a host would be given, before anything is awaited.
+            del self._in_flight[seq]
+            self._giving_up.add(seq)
+            refusal = Saturated(
+                f"No host took this within {timeout_s:g} s, so it was not done. Send it again.", 5.0
+            )
+            try:
+                await self._record(operation, refusal)
+            finally:
+                self._giving_up.discard(seq)
 
     async def stop(self) -> None:
         """End the lane's tasks; what has no outcome stays in the journal."""
@@ -340,7 +366,7 @@ class Lane:
         if record.state is OperationState.PENDING:
             return None  # waits for its turn
         failed = record.state is OperationState.FAILED
-        if failed and record.kind != TicketKind.OPTIM_STEP:
+        if failed and record.kind not in (TicketKind.OPTIM_STEP, TicketKind.GRADIENT_STEP):
             return None  # without effect; a failed step has dropped the gradient, though
         if not record.has_payload:
             if failed or not record.changes_run:
@@ -504,7 +530,7 @@ class Lane:
 
     def _host_command(self, request: LaneRequest, payload: bytes) -> Command:
         match request:
-            case ForwardBackward() | OptimStep():
+            case ForwardBackward() | Embed() | OptimStep() | GradientStep():
                 return self._command(None, payload)
             case StartRun():
                 return self._command(CreateRun(spec=request.spec))
@@ -517,7 +543,7 @@ class Lane:
                     SaveFolder(
                         folder=request.folder,
                         base_model=self.run.base_model,
-                        optimizer=isinstance(request, SaveState),
+                        optimizer=isinstance(request, SaveState) and request.optimizer,
                         gradients=False,
                     )
                 )

@@ -8,7 +8,16 @@ from typing import Self
 
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import QuotaExceeded
+from twinkle_dask.operations.rates import Rates
 from twinkle_dask.types import TenantId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """How much of a limit is used."""
+
+    used: int
+    limit: int
 
 
 class Quota:
@@ -25,6 +34,11 @@ class Quota:
         self._what = what
         self._retry_after_s = retry_after_s
         self._held: Counter[TenantId] = Counter()
+
+    @property
+    def limit(self) -> int:
+        """The most that one tenant may hold."""
+        return self._limit
 
     def held(self, tenant: TenantId) -> int:
         """How much a tenant holds."""
@@ -101,11 +115,13 @@ class Quotas:
         runs: Of sessions that are alive.
         samples: Requests that wait or are drawn.
         queued_bytes: Payloads of requests that have no outcome yet.
+        rates: What is sent in a while.
     """
 
     runs: Quota
     samples: Quota
     queued_bytes: Quota
+    rates: Rates
 
     @classmethod
     def of(cls, limits: LimitConfig) -> Self:
@@ -115,4 +131,9 @@ class Quotas:
             runs=Quota(limits.max_runs, "runs", retry_after_s=30.0),
             samples=Quota(limits.max_samples_in_flight, "samples in flight"),
             queued_bytes=Quota(limits.max_queued_bytes, "bytes of requests in progress"),
+            rates=Rates(
+                operations_per_s=limits.operations_per_s,
+                tokens_per_s=limits.input_tokens_per_s,
+                window_s=limits.rate_window_s,
+            ),
         )

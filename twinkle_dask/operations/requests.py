@@ -7,7 +7,15 @@ from twinkle_dask import packing
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.operations.values import CheckpointAddress, TicketKind
 from twinkle_dask.store.records import CheckpointRecord
-from twinkle_dask.types import ForwardBackward, Json, LoraSpec, OptimStep, SamplerId
+from twinkle_dask.types import (
+    Embed,
+    ForwardBackward,
+    GradientStep,
+    Json,
+    LoraSpec,
+    OptimStep,
+    SamplerId,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +31,7 @@ class SaveState:
 
     Attributes:
         actor: Who asked, for the audit trail; so ``key_hint``.
+        optimizer: Whether the optimizer's memory is saved, too.
     """
 
     name: str
@@ -33,6 +42,7 @@ class SaveState:
     folder: str
     actor: str = ""
     key_hint: str = ""
+    optimizer: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +104,9 @@ class LoadState:
 LaneRequest: TypeAlias = (
     StartRun
     | ForwardBackward
+    | Embed
     | OptimStep
+    | GradientStep
     | SaveState
     | SaveForSampler
     | SaveExternal
@@ -113,8 +125,8 @@ def load_of(
     """
     if with_optimizer and not record.has_optimizer:
         raise InvalidRequest(
-            f"Checkpoint {address.name!r} holds sampler weights without an optimizer; load it "
-            "without, or load a training checkpoint."
+            f"Checkpoint {address.name!r} was saved without its optimizer; load the weights alone, "
+            "or a checkpoint that was saved with it."
         )
     return LoadState(address=address, folder=record.path, with_optimizer=with_optimizer)
 
@@ -126,8 +138,12 @@ def kind_of(request: LaneRequest) -> TicketKind:
             return TicketKind.CREATE_RUN
         case ForwardBackward():
             return TicketKind.FORWARD_BACKWARD
+        case Embed():
+            return TicketKind.EMBED
         case OptimStep():
             return TicketKind.OPTIM_STEP
+        case GradientStep():
+            return TicketKind.GRADIENT_STEP
         case SaveState():
             return TicketKind.SAVE_STATE
         case SaveForSampler():
@@ -143,11 +159,11 @@ def kind_of(request: LaneRequest) -> TicketKind:
 def changes_run(request: LaneRequest) -> bool:
     """Whether the run differs afterwards, so that recovery must do it again."""
     match request:
-        case ForwardBackward():
+        case ForwardBackward() | Embed():
             return request.backward
         case SaveState() | SaveForSampler() | SaveExternal() | UnloadRun():
             return False
-        case StartRun() | OptimStep() | LoadState():
+        case StartRun() | OptimStep() | GradientStep() | LoadState():
             return True
 
 

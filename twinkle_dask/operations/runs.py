@@ -17,6 +17,7 @@ from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import JournalConfig, LimitConfig
 from twinkle_dask.errors import (
+    Conflict,
     InvalidRequest,
     NotFound,
     QuotaExceeded,
@@ -32,7 +33,7 @@ from twinkle_dask.operations.describing import describe_runs
 from twinkle_dask.operations.finishing import Finisher
 from twinkle_dask.operations.inflight import InflightWeights
 from twinkle_dask.operations.lanes import Lane, LaneOperation, LaneParts
-from twinkle_dask.operations.quotas import Quotas
+from twinkle_dask.operations.quotas import Held, Quotas
 from twinkle_dask.operations.requests import (
     LaneRequest,
     StartRun,
@@ -63,13 +64,25 @@ from twinkle_dask.store.records import (
     RunRecord,
 )
 from twinkle_dask.store.store import Store
-from twinkle_dask.types import ForwardBackward, Json, LoraSpec, RunId, SessionId, TenantId, TicketId
+from twinkle_dask.types import (
+    Embed,
+    ForwardBackward,
+    Json,
+    LoraSpec,
+    RunId,
+    SessionId,
+    TenantId,
+    TicketId,
+)
 
 log = structlog.stdlib.get_logger(__name__)
 
 #: Larger payloads are packed on a thread, so that the event loop keeps turning.
 _PACK_INLINE_TOKENS = 20_000
 _PACK_INLINE_BYTES = 2**20
+_PACK_INLINE_SCORES = 200_000
+#: Places in a session of runs that clients name; no client counts that far.
+_NAMED_SEQ = 2**30
 #: States in which a run takes no work although its session may be alive.
 _OVER = frozenset({RunPhase.UNLOADED, RunPhase.CLOSED, RunPhase.COPIED})
 
@@ -129,13 +142,17 @@ class Runs:
     ) -> Ticket:
         """Make a run with a fresh adapter. ``seq`` counts the session's runs from 0."""
         model = self._catalogue.get(base_model)
-        validation.lora(lora, model)
+        lora = validation.lora(lora, model)
         spec = LoraSpec(
             rank=lora.rank,
             seed=secrets.randbits(62) if lora.seed is None else lora.seed,
             train_attn=lora.train_attn,
             train_mlp=lora.train_mlp,
             train_unembed=lora.train_unembed,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            dropout=lora.dropout,
+            rslora=lora.rslora,
         )
         request = StartRun(spec=spec)
         return await self._start(tenant, session, seq, model, spec, user_metadata, request)
@@ -165,6 +182,63 @@ class Runs:
         request = load_of(record, address, with_optimizer=with_optimizer)
         return await self._start(tenant, session, seq, model, record.spec, user_metadata, request)
 
+    async def create_named(
+        self,
+        tenant: Tenant,
+        session: SessionId,
+        run: RunId,
+        *,
+        base_model: str,
+        spec: LoraSpec,
+        user_metadata: Json,
+    ) -> Ticket:
+        """Make a run under an id that a client chose; unlike ``create`` it is not repeatable.
+
+        Raises:
+            Conflict: There is such a run, which stays as it is.
+        """
+        model = self._catalogue.get(base_model)
+        validation.metadata(user_metadata, "A run's")
+        await self._sessions.active(tenant, session)
+        stored = await self._store.runs.in_session(session)
+        taken = Conflict(
+            f"The session has a run {run!r} already, which is as it was; choose another name."
+        )
+        mine = [record for record in self._counted.values() if record.session_id == session]
+        if any(record.id == run for record in (*stored, *mine)):
+            raise taken
+        places = [record.run_seq for record in (*stored, *mine) if record.run_seq >= _NAMED_SEQ]
+        now = utc_now()
+        record = RunRecord(
+            id=run,
+            session_id=session,
+            tenant_id=tenant.id,
+            run_seq=max(places, default=_NAMED_SEQ - 1) + 1,
+            base_model=model.name,
+            spec=spec,
+            user_metadata=user_metadata,
+            created_at=now,
+            last_request_at=now,
+        )
+        with self._quotas.runs.taking(tenant.id):
+            self._counted[run] = record
+            try:
+                if (await self._store.runs.add(record)) != record:
+                    raise taken
+            except BaseException:
+                del self._counted[run]
+                raise
+        lane = await self.lane(tenant, run)
+        return await self._submit_once(tenant, lane, 0, lambda _lane, _model: StartRun(spec=spec))
+
+    async def forget(self, run: RunId) -> None:
+        """Remove a run that could not be made, as if nobody had asked for it."""
+        lane = self._lanes.pop(run, None)
+        self._discount(run)
+        if lane is not None:
+            await lane.stop()
+        await self._store.runs.remove_failed(run)
+
     async def submit(
         self,
         tenant: Tenant,
@@ -172,6 +246,7 @@ class Runs:
         *,
         seq: int | None,
         make: Callable[[Lane, ServedModel], LaneRequest],
+        rated: bool = True,
     ) -> Ticket:
         """Acknowledge an operation: when this returns, it will be done whatever is killed.
 
@@ -181,6 +256,7 @@ class Runs:
             seq: Its place; None or 0 takes the next. A place that is taken gives the ticket of
                 the operation that has it, so a submit may be repeated.
             make: Builds and checks the request; what it raises frees the place.
+            rated: Whether it counts for the tenant's rates; not if it belongs to one that did.
 
         Raises:
             OutOfOrder: The run has moved past ``seq``.
@@ -190,7 +266,7 @@ class Runs:
         if not seq:
             taken = (at for of, at in self._submits if of == run)
             seq = max([lane.order.free_seq() - 1, *taken]) + 1
-        return await self._submit_once(tenant, lane, seq, make)
+        return await self._submit_once(tenant, lane, seq, make, rated=rated)
 
     async def unload(self, tenant: Tenant, run: RunId) -> Ticket:
         """Free a run for good, once what was submitted before is done; its checkpoints stay.
@@ -202,7 +278,9 @@ class Runs:
             first = await self._store.journal.last_of_kind(run, TicketKind.UNLOAD_RUN)
             if first is not None:
                 return _ticket(first)
-        return await self.submit(tenant, run, seq=None, make=lambda _lane, _model: UnloadRun())
+        return await self.submit(
+            tenant, run, seq=None, make=lambda _lane, _model: UnloadRun(), rated=False
+        )
 
     async def refuse(self, tenant: Tenant, run: RunId, *, seq: int) -> None:
         """A request with this place was refused before it got here."""
@@ -238,10 +316,43 @@ class Runs:
                 f"The session of run {run!r} is over. Save and load checkpoints to go on in "
                 "another one."
             )
+        if self._has_outlived(lane.run):
+            raise SessionEnded(
+                f"Run {run!r} has reached the longest life that this server gives a run, "
+                f"{self._limits.run_lifetime_s:g} s. Go on in a new run, from a checkpoint."
+            )
         if lane.unloaded:
             raise _over(lane.run)
         self._touched.add(run)
         return lane
+
+    async def expire(self) -> None:
+        """Free the runs that have reached the longest life, once their work is done."""
+        for run in list(self._counted.values()):
+            if not self._has_outlived(run):
+                continue
+            lane = self._lanes.get(run.id) or await self._open(run.tenant_id, run.id)
+            if lane.unloaded or not self._sessions.is_active(run.session_id):
+                continue
+            nobody = Tenant(id=run.tenant_id, name="expiry", key_hint="")
+            seq = lane.order.free_seq()
+            await self._submit_once(
+                nobody, lane, seq, lambda _lane, _model: UnloadRun(), rated=False
+            )
+            log.info("run_expired", run=run.id)
+
+    async def fail_waiting(self) -> None:
+        """Fail what no host has taken for too long."""
+        timeout_s = self._limits.queue_timeout_s
+        if timeout_s is not None:
+            for lane in list(self._lanes.values()):
+                await lane.fail_waiting(timeout_s)
+
+    def _has_outlived(self, run: RunRecord) -> bool:
+        lifetime_s = self._limits.run_lifetime_s
+        if lifetime_s is None:
+            return False
+        return (utc_now() - run.created_at).total_seconds() >= lifetime_s
 
     async def recover(self) -> None:
         """Count what tenants hold, and queue again what was acknowledged and not finished."""
@@ -347,6 +458,10 @@ class Runs:
                 self._discount(lane.run.id)
                 await lane.stop()
 
+    def held(self, tenant: Tenant) -> Held:
+        """How many runs of sessions that are alive a tenant has, and may have."""
+        return Held(used=self._quotas.runs.held(tenant.id), limit=self._quotas.runs.limit)
+
     def has_lane(self, run: RunId) -> bool:
         """Whether the run may be doing something."""
         return run in self._lanes
@@ -404,16 +519,22 @@ class Runs:
                     del self._counted[run]
                     raise
         lane = await self.lane(tenant, run)
-        return await self._submit_once(tenant, lane, 0, lambda _lane, _model: request)
+        return await self._submit_once(tenant, lane, 0, lambda _lane, _model: request, rated=False)
 
     async def _submit_once(
-        self, tenant: Tenant, lane: Lane, seq: int, make: Callable[[Lane, ServedModel], LaneRequest]
+        self,
+        tenant: Tenant,
+        lane: Lane,
+        seq: int,
+        make: Callable[[Lane, ServedModel], LaneRequest],
+        *,
+        rated: bool = False,
     ) -> Ticket:
         """Join the submit of the same place that is going on, or begin one."""
         place = (lane.run.id, seq)
         submit = self._submits.get(place)
         if submit is None:
-            submit = asyncio.create_task(self._submit(tenant, lane, seq, make))
+            submit = asyncio.create_task(self._submit(tenant, lane, seq, make, rated=rated))
             self._submits[place] = submit
             self._arriving[lane.run.id] += 1
             submit.add_done_callback(lambda _: self._arrived(place))
@@ -442,6 +563,8 @@ class Runs:
         lane: Lane,
         seq: int,
         make: Callable[[Lane, ServedModel], LaneRequest],
+        *,
+        rated: bool,
     ) -> Ticket:
         if lane.order.knows(seq):
             known = await self._store.journal.at(lane.run.id, seq)
@@ -454,9 +577,12 @@ class Runs:
             )
         try:
             request = make(lane, self._catalogue.get(lane.run.base_model))
+            tokens = validation.input_tokens(input_tokens(request), self._limits)
         except RequestError:
             lane.refuse(seq)
             raise
+        if rated:
+            self._quotas.rates.admit(tenant.id, tokens)
         payload = await _pack(request)
         try:
             with self._quotas.queued_bytes.taking(tenant.id, len(payload)):
@@ -523,9 +649,15 @@ class Runs:
 
 
 async def _pack(request: LaneRequest) -> bytes:
-    if isinstance(request, ForwardBackward) and (
-        request.num_tokens > _PACK_INLINE_TOKENS or request.num_image_bytes > _PACK_INLINE_BYTES
-    ):
+    if isinstance(request, ForwardBackward):
+        aside = (
+            request.num_tokens > _PACK_INLINE_TOKENS
+            or request.num_image_bytes > _PACK_INLINE_BYTES
+            or request.num_scores > _PACK_INLINE_SCORES
+        )
+    else:
+        aside = isinstance(request, Embed) and request.num_tokens > _PACK_INLINE_TOKENS
+    if aside:
         return await asyncio.to_thread(packing.pack, request)
     return packing.pack(request)
 

@@ -1,5 +1,6 @@
 """Samplers: what each of them samples with, and the clients that share one."""
 
+import zlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from twinkle_dask.operations.values import CheckpointAddress, SamplerInfo, Serve
 from twinkle_dask.store.records import SamplerRecord
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import RunId, SamplerId, SessionId, TenantId
+
+_OWN_SEQ = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,42 @@ class Samplers:
         )
         return await self.info(tenant, record.id)
 
+    async def of_weights(
+        self, tenant: Tenant, session: SessionId, *, model: ServedModel, checkpoint: str | None
+    ) -> SamplerId:
+        """The session's one sampler of some weights, for clients that make none themselves.
+
+        Args:
+            tenant: Whose.
+            session: An active one of theirs.
+            model: The base model.
+            checkpoint: The id of weights that were found for the tenant; None is the base model.
+
+        Raises:
+            InvalidRequest: The model is trained here and not sampled.
+        """
+        validation.sampled(model)
+        wanted = SamplerId(f"{session}:weights:{checkpoint or model.name}")
+        if wanted in self._handles:
+            return wanted
+        # Far from the numbers that clients of other protocols count up from 0.
+        seq = _OWN_SEQ + zlib.crc32(wanted.encode()) % _OWN_SEQ
+        while True:
+            stored = await self._store.samplers.add(
+                SamplerRecord(
+                    id=wanted,
+                    session_id=session,
+                    tenant_id=tenant.id,
+                    sampler_seq=seq,
+                    base_model=model.name,
+                    checkpoint_id=checkpoint,
+                    created_at=utc_now(),
+                )
+            )
+            if stored.id == wanted:
+                return wanted
+            seq += 1  # another one's number is the same, by chance
+
     async def info(self, tenant: Tenant, sampler: SamplerId) -> SamplerInfo:
         """What a sampler samples."""
         handle = await self.find(tenant.id, sampler)
@@ -141,6 +180,10 @@ class Samplers:
         self._used.add(newest.checkpoint_id)
         with self._inflight.using(newest.checkpoint_id):
             yield newest.folder
+
+    async def num_active(self, tenant: Tenant) -> int:
+        """How many samplers of sessions that are alive a tenant has."""
+        return await self._store.samplers.num_active(tenant.id)
 
     def take_used(self) -> set[str]:
         """The checkpoints that were sampled since the last call."""

@@ -21,6 +21,7 @@ from twinkle_dask.errors import (
 from twinkle_dask.operations import contents, validation
 from twinkle_dask.operations.drawing import Draw, Drawing
 from twinkle_dask.operations.events import Clone, Completions, Events
+from twinkle_dask.operations.following import Following
 from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.recording import sequence_ids
 from twinkle_dask.operations.samplers import Handle, Samplers
@@ -73,11 +74,7 @@ class Sampling:
             QuotaExceeded: The tenant has too much in flight; try again later.
         """
         handle = await self._samplers.alive(tenant, sampler)
-        if _is_large(request):
-            check = validation.sample
-            request = await asyncio.to_thread(check, request, handle.model, self._limits)
-        else:
-            request = validation.sample(request, handle.model, self._limits)
+        request = await self._checked(request, handle)
         if seq is None:
             return await self._submit(tenant, handle, None, request)
         submit = self._submits.get((sampler, seq))
@@ -86,6 +83,22 @@ class Sampling:
             self._submits[sampler, seq] = submit
             submit.add_done_callback(lambda _: self._submits.pop((sampler, seq), None))
         return await asyncio.shield(submit)
+
+    async def follow(
+        self, tenant: Tenant, sampler: SamplerId, request: SampleRequest
+    ) -> tuple[Ticket, Following]:
+        """Acknowledge a sample, and give what it draws as it comes.
+
+        The ticket's outcome is there once the parts have ended. Whoever stops following should
+        ``cancel`` the ticket, or it is drawn to its end.
+
+        Raises:
+            QuotaExceeded: The tenant has too much in flight; try again later.
+        """
+        handle = await self._samplers.alive(tenant, sampler)
+        request = await self._checked(request, handle)
+        following = Following()
+        return await self._submit(tenant, handle, None, request, following), following
 
     async def cancel(self, tenant: Tenant, ticket: TicketId) -> None:
         """Stop drawing; the ticket fails. A finished one stays as it is.
@@ -178,13 +191,26 @@ class Sampling:
         """End all drawing; the journal keeps what is not done."""
         await self._drawing.stop()
 
+    async def _checked(self, request: SampleRequest, handle: Handle) -> SampleRequest:
+        if _is_large(request):
+            check = validation.sample
+            return await asyncio.to_thread(check, request, handle.model, self._limits)
+        return validation.sample(request, handle.model, self._limits)
+
     async def _submit(
-        self, tenant: Tenant, handle: Handle, seq: int | None, request: SampleRequest
+        self,
+        tenant: Tenant,
+        handle: Handle,
+        seq: int | None,
+        request: SampleRequest,
+        following: Following | None = None,
     ) -> Ticket:
         if request.params.seed is None:
             # Drawn here and kept in the journal, so that doing it again gives the same tokens.
             params = replace(request.params, seed=secrets.randbits(62))
             request = replace(request, params=params)
+        tokens = validation.input_tokens(input_tokens(request), self._limits)
+        self._quotas.rates.admit(tenant.id, tokens)
         if _is_large(request):
             payload = await asyncio.to_thread(packing.pack, request)
         else:
@@ -194,7 +220,7 @@ class Sampling:
                 self._quotas.samples.taking(tenant.id),
                 self._quotas.queued_bytes.taking(tenant.id, len(payload)),
             ):
-                return await self._acknowledge(tenant, handle, seq, request, payload)
+                return await self._acknowledge(tenant, handle, seq, request, payload, following)
         except DuplicateOperation as duplicate:
             return _ticket(duplicate.stored)
 
@@ -205,6 +231,7 @@ class Sampling:
         seq: int | None,
         request: SampleRequest,
         payload: bytes,
+        following: Following | None,
     ) -> Ticket:
         ticket = TicketId(secrets.token_hex(12))
         kept = await contents.keep(self._blobs, f"journal/{ticket}", payload)
@@ -235,6 +262,7 @@ class Sampling:
                 seq=seq,
                 payload=payload,
                 recorded=request.recorded,
+                following=following,
             )
         )
         return _ticket(record)

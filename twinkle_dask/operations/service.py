@@ -11,7 +11,11 @@ import structlog
 from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import ServiceConfig
 from twinkle_dask.operations import validation
+from twinkle_dask.operations.adapter_state import AdapterState
+from twinkle_dask.operations.adapter_training import AdapterTraining
+from twinkle_dask.operations.adapters import Adapters
 from twinkle_dask.operations.audit import Audit
+from twinkle_dask.operations.batch_training import BatchTraining
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
 from twinkle_dask.operations.closing import Closing
@@ -21,22 +25,28 @@ from twinkle_dask.operations.downloads import Downloads
 from twinkle_dask.operations.drawing import Drawing
 from twinkle_dask.operations.events import Events
 from twinkle_dask.operations.inflight import InflightWeights
+from twinkle_dask.operations.processors import Processors
 from twinkle_dask.operations.provenance import Provenance
 from twinkle_dask.operations.quotas import Quotas
 from twinkle_dask.operations.recording import Recording
 from twinkle_dask.operations.runs import Runs
+from twinkle_dask.operations.sampled_weights import SampledWeights
 from twinkle_dask.operations.samplers import Samplers
 from twinkle_dask.operations.sampling import Sampling
+from twinkle_dask.operations.save_roots import SaveRoots
+from twinkle_dask.operations.saving import Saving
 from twinkle_dask.operations.searching import Searching
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.sweeping import sweep
+from twinkle_dask.operations.templates import Templates
 from twinkle_dask.operations.tenants import Tenants
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.traces import Traces
 from twinkle_dask.operations.training import Training
 from twinkle_dask.operations.upkeep import Upkeep
+from twinkle_dask.operations.uploads import Uploads
 from twinkle_dask.operations.usage import Usage
-from twinkle_dask.operations.values import Outcome, QueueState, Tenant, Waiting
+from twinkle_dask.operations.values import Outcome, QueueState, ServedModel, Tenant, Waiting
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import SessionId, TicketId
@@ -60,15 +70,25 @@ class Service:
     sessions: Sessions
     runs: Runs
     training: Training
+    adapters: Adapters
+    adapter_training: AdapterTraining
+    adapter_state: AdapterState
+    save_roots: SaveRoots
+    saving: Saving
+    uploads: Uploads
+    batch_training: BatchTraining
     custom_losses: CustomLosses
     samplers: Samplers
     sampling: Sampling
+    sampled_weights: SampledWeights
     checkpoints: Checkpoints
     copying: Copying
     downloads: Downloads
     tickets: TicketBoard
     audit: Audit
     searching: Searching
+    templates: Templates
+    processors: Processors
     usage: Usage
     traces: Traces
     supervisor: Supervisor
@@ -83,6 +103,10 @@ class Service:
         validation.text(detail, "detail", validation.MAX_DETAIL_LENGTH)
         if await self.sessions.finish(tenant, session, reason=reason, detail=detail):
             await self.runs.release_session(session)
+
+    def why_not_up(self, model: ServedModel) -> str | None:
+        """Why a base model cannot be used at the moment; None if its hosts are there."""
+        return self.supervisor.why_not_up(model.source)
 
     async def outcome(self, tenant: Tenant, ticket: TicketId, *, timeout_s: float) -> Outcome:
         """What became of a ticket; waits at most ``timeout_s`` for it.
@@ -166,6 +190,14 @@ async def open_service(
             limits=config.limits,
             quotas=quotas,
         )
+        processors = Processors(
+            config=config,
+            store=store,
+            blobs=blobs,
+            supervisor=supervisor,
+            catalogue=catalogue,
+            sessions=sessions,
+        )
         closing = Closing(
             store=store,
             blobs=blobs,
@@ -176,6 +208,7 @@ async def open_service(
             recording=recording,
             inflight=inflight,
             checkpoints=checkpoints,
+            processors=processors,
         )
         upkeep = Upkeep(
             config=config,
@@ -188,11 +221,28 @@ async def open_service(
             tickets=tickets,
             closing=closing,
         )
+        training = Training(
+            runs, store, checkpoints, catalogue, config.limits, Provenance(recording)
+        )
         await sweep(store, blobs)
         await sessions.load()
         await runs.recover()
         await sampling.recover()
         tidying = asyncio.create_task(upkeep.run_forever(), name="upkeep")
+        watching = asyncio.create_task(upkeep.watch_queues(), name="queues")
+        adapters = Adapters(store, sessions, catalogue, runs, tickets)
+        save_roots = SaveRoots(config.save_roots)
+        saving = Saving(
+            store=store,
+            blobs=blobs,
+            training=training,
+            checkpoints=checkpoints,
+            tickets=tickets,
+            adapters=adapters,
+            save_roots=save_roots,
+        )
+        uploads = Uploads(saving, audit, config.upload_roots)
+        batch_training = BatchTraining(runs, training, catalogue, tickets)
         try:
             yield Service(
                 config=config,
@@ -200,12 +250,41 @@ async def open_service(
                 catalogue=catalogue,
                 sessions=sessions,
                 runs=runs,
-                training=Training(
-                    runs, store, checkpoints, catalogue, config.limits, Provenance(recording)
+                training=training,
+                adapters=adapters,
+                save_roots=save_roots,
+                saving=saving,
+                uploads=uploads,
+                batch_training=batch_training,
+                adapter_training=AdapterTraining(
+                    adapters=adapters,
+                    batches=batch_training,
+                    training=training,
+                    runs=runs,
+                    catalogue=catalogue,
+                    tickets=tickets,
+                    store=store,
+                    blobs=blobs,
+                ),
+                adapter_state=AdapterState(
+                    adapters=adapters,
+                    training=training,
+                    runs=runs,
+                    catalogue=catalogue,
+                    checkpoints=checkpoints,
+                    tickets=tickets,
+                    blobs=blobs,
                 ),
                 custom_losses=CustomLosses(store, sessions, runs, enabled=config.custom_losses),
                 samplers=samplers,
                 sampling=sampling,
+                sampled_weights=SampledWeights(
+                    store=store,
+                    catalogue=catalogue,
+                    sessions=sessions,
+                    samplers=samplers,
+                    checkpoints=checkpoints,
+                ),
                 checkpoints=checkpoints,
                 copying=Copying(store, checkpoints, sessions, audit),
                 downloads=Downloads(store, blobs, checkpoints, audit),
@@ -216,13 +295,17 @@ async def open_service(
                 usage=Usage(store, tenants),
                 traces=Traces(store),
                 searching=Searching(store),
+                templates=Templates(supervisor, catalogue),
+                processors=processors,
                 made_key=made_key,
                 token_secret=token_secret,
             )
         finally:
-            tidying.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await tidying
+            for task in (tidying, watching):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await uploads.stop()
             await runs.stop()
             await sampling.stop()
             with contextlib.suppress(TimeoutError):

@@ -14,7 +14,7 @@ from twinkle_dask.operations.audit import Audit
 from twinkle_dask.operations.values import Page, SessionInfo, Tenant
 from twinkle_dask.store.records import SessionRecord
 from twinkle_dask.store.store import Store
-from twinkle_dask.types import Json, SessionId
+from twinkle_dask.types import Json, SessionId, TenantId
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -111,6 +111,10 @@ class Sessions:
     def all_active(self) -> tuple[SessionId, ...]:
         """The sessions that are alive."""
         return tuple(self._active)
+
+    def num_active(self, tenant: TenantId) -> int:
+        """How many of a tenant's sessions are alive."""
+        return sum(record.tenant_id == tenant for record in self._active.values())
 
     def is_active(self, session: SessionId) -> bool:
         """Whether work may still be done in it."""

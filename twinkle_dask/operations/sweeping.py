@@ -21,7 +21,9 @@ async def sweep(store: Store, blobs: BlobStore) -> None:
         StorageFailed: The records or the folders cannot be read.
     """
     known = await store.journal.blob_paths() | await store.runs.snapshot_folders()
-    known |= await store.recorded.blob_paths()
+    known |= await store.recorded.blob_paths() | await store.run_settings.pending_paths()
+    known |= {f"processors/{name}" for name in await store.processors.folders()}
+    known |= await store.processors.saved_paths()
     orphans = await asyncio.to_thread(_orphans, blobs, known)
     if orphans:
         log.info("orphans_removed", number=len(orphans))
@@ -45,8 +47,11 @@ async def remove_all(blobs: BlobStore, paths: Iterable[str]) -> None:
 
 
 def _orphans(blobs: BlobStore, known: frozenset[str]) -> list[str]:
-    flat = ("journal", "results", "recorded")
+    flat = ("journal", "results", "recorded", "pending")
     orphans = [path for folder in flat for path in _unknown(blobs, folder, known)]
+    orphans += _unknown(blobs, "processors", known)
+    for tenant in blobs.names("saved-data"):
+        orphans += _unknown(blobs, f"saved-data/{tenant}", known)
     for run in blobs.names("snapshots"):
         folder = f"snapshots/{run}"
         unknown = _unknown(blobs, folder, known)

@@ -116,7 +116,9 @@ class Tenants:
             NotAuthenticated: No key, or one that is not valid here.
         """
         if not key:
-            raise NotAuthenticated("An API key is needed in the header x-api-key.")
+            raise NotAuthenticated(
+                "An API key is needed: in the header x-api-key, or as 'Authorization: Bearer KEY'."
+            )
         await self._refresh()
         digest = _digest(key)
         if digest not in self._by_hash:

@@ -8,6 +8,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -26,6 +27,8 @@ from twinkle_dask.types import RunId, TenantId, TicketId
 log = structlog.stdlib.get_logger(__name__)
 
 _KEEP_BYTES = 256 * 2**20
+#: A result that is awaited to the end is asked for in pieces of this.
+_RESULT_S = 60.0
 
 
 @dataclass(slots=True)
@@ -74,6 +77,10 @@ class TicketBoard:
         """Whether the ticket's operation is on its way in this process."""
         return ticket in self._pending
 
+    def num_pending(self, tenant: TenantId) -> int:
+        """How many of a tenant's operations have no outcome yet."""
+        return sum(entry.tenant == tenant for entry in self._pending.values())
+
     def run_of(self, ticket: TicketId) -> RunId | None:
         """The run whose work a pending ticket is; None if it is no run's, or not pending."""
         entry = self._pending.get(ticket)
@@ -111,6 +118,20 @@ class TicketBoard:
             self._settle(ticket, Failed(error=error), 0)
         else:
             await self._settle_as_stored(ticket)
+
+    async def result(self, tenant: TenantId, ticket: TicketId) -> Any:
+        """Wait for a result however long it takes; its type follows from the ticket's operation.
+
+        Raises:
+            NotFound: No such ticket of this tenant.
+            TwinkleDaskError: What became of it instead.
+        """
+        while True:
+            outcome = await self.wait(tenant, ticket, _RESULT_S)
+            if isinstance(outcome, Failed):
+                raise outcome.error
+            if isinstance(outcome, Done):
+                return outcome.result
 
     async def wait(self, tenant: TenantId, ticket: TicketId, timeout_s: float) -> Outcome:
         """The outcome, or ``Waiting`` once the time is over.

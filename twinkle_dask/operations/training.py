@@ -2,6 +2,8 @@
 
 import asyncio
 import secrets
+from dataclasses import replace
+from typing import TypeVar
 
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest, NotFound, RequestError
@@ -19,12 +21,16 @@ from twinkle_dask.operations.requests import (
 )
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.values import CheckpointAddress, ServedModel, Tenant, Ticket
+from twinkle_dask.optimizers import checked_step
 from twinkle_dask.store.records import CheckpointKind
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import (
     AdamParams,
+    Embed,
     ForwardBackward,
+    GradientStep,
     Json,
+    LoraSpec,
     OptimStep,
     RunId,
     SamplerId,
@@ -35,7 +41,9 @@ from twinkle_dask.types import (
 _CHECK_INLINE_TOKENS = 20_000
 _CHECK_INLINE_DATA = 512
 _CHECK_INLINE_IMAGE_BYTES = 2**20
+_CHECK_INLINE_SCORES = 200_000
 _NO_SPANS: BatchSpans = {}
+RowsT = TypeVar("RowsT", ForwardBackward, Embed)
 
 
 class Training:
@@ -65,15 +73,18 @@ class Training:
         seq: int | None,
         batch: ForwardBackward,
         spans: BatchSpans = _NO_SPANS,
+        rated: bool = True,
     ) -> Ticket:
         """Add the gradient of a batch, or evaluate it.
 
-        ``spans`` say where its tokens come from; they are checked and not kept.
+        ``spans`` say where its tokens come from; they are checked and not kept. One that is not
+        ``rated`` belongs to a call whose first pass has counted for the tenant's rates.
         """
         large = (
             len(batch.data) > _CHECK_INLINE_DATA
             or batch.num_tokens > _CHECK_INLINE_TOKENS
             or batch.num_image_bytes > _CHECK_INLINE_IMAGE_BYTES
+            or batch.num_scores > _CHECK_INLINE_SCORES
         )
         checked = large or bool(spans)
         if checked:
@@ -88,10 +99,28 @@ class Training:
             if spans:
                 await self._provenance.check(tenant.id, lane.run.session_id, batch, spans)
 
-        def make(_lane: Lane, model: ServedModel) -> LaneRequest:
-            return batch if checked else validation.batch(batch, model, self._limits)
+        def make(lane: Lane, model: ServedModel) -> LaneRequest:
+            request = batch if checked else validation.batch(batch, model, self._limits)
+            return _with_dropout(request, lane.run.spec)
 
-        return await self._runs.submit(tenant, run, seq=seq, make=make)
+        return await self._runs.submit(tenant, run, seq=seq, make=make, rated=rated)
+
+    async def embed(
+        self, tenant: Tenant, run: RunId, *, seq: int | None = None, batch: Embed
+    ) -> Ticket:
+        """Embed rows, or add the gradient of their embeddings to the run; see ``Embed``."""
+        checked = batch.num_rows > _CHECK_INLINE_DATA or batch.num_tokens > _CHECK_INLINE_TOKENS
+        if checked:
+            lane = await self._runs.lane(tenant, run)
+            model = self._catalogue.get(lane.run.base_model)
+            batch = await asyncio.to_thread(validation.embed, batch, model, self._limits)
+
+        def make(lane: Lane, model: ServedModel) -> LaneRequest:
+            request = batch if checked else validation.embed(batch, model, self._limits)
+            return _with_dropout(request, lane.run.spec)
+
+        # With slopes it is the second pass of a call.
+        return await self._runs.submit(tenant, run, seq=seq, make=make, rated=batch.slopes is None)
 
     async def optim_step(
         self, tenant: Tenant, run: RunId, *, seq: int | None, adam: AdamParams
@@ -100,6 +129,19 @@ class Training:
 
         def make(_lane: Lane, _model: ServedModel) -> LaneRequest:
             return OptimStep(adam=validation.adam(adam))
+
+        return await self._runs.submit(tenant, run, seq=seq, make=make)
+
+    async def gradient_step(
+        self, tenant: Tenant, run: RunId, *, seq: int | None = None, step: GradientStep
+    ) -> Ticket:
+        """Clip, step, zero or move the schedule on, as far as ``step`` says; see there.
+
+        Its settings may be a tenant's as they came: they are checked, and defaults filled in.
+        """
+
+        def make(_lane: Lane, _model: ServedModel) -> LaneRequest:
+            return checked_step(step)
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
 
@@ -113,8 +155,9 @@ class Training:
         overwrite: bool,
         ttl_s: int | None,
         user_metadata: Json,
+        optimizer: bool = True,
     ) -> Ticket:
-        """Save weights and optimizer under a name."""
+        """Save weights and, unless it is not wanted, the optimizer under a name."""
         taken = not overwrite and await self._is_taken(tenant, run, CheckpointKind.TRAINING, name)
 
         def make(lane: Lane, _model: ServedModel) -> LaneRequest:
@@ -130,6 +173,7 @@ class Training:
                 folder=f"checkpoints/{lane.run.id}/weights-{checkpoint}",
                 actor=tenant.key_name or tenant.name,
                 key_hint=tenant.key_hint,
+                optimizer=optimizer,
             )
 
         return await self._runs.submit(tenant, run, seq=seq, make=make)
@@ -240,12 +284,11 @@ class Training:
                     "belongs to another base model."
                 )
             theirs, ours = record.spec, lane.run.spec
-            if (theirs.rank, theirs.train_attn, theirs.train_mlp, theirs.train_unembed) != (
-                (ours.rank, ours.train_attn, ours.train_mlp, ours.train_unembed)
-            ):
+            if _shape(theirs) != _shape(ours):
                 raise InvalidRequest(
-                    f"The checkpoint has rank {theirs.rank} and other targets than this run of "
-                    f"rank {ours.rank}; create a new run from the checkpoint."
+                    f"The checkpoint has rank {theirs.rank} and alpha {theirs.alpha:g}, and this "
+                    f"run has rank {ours.rank} and alpha {ours.alpha:g}, or other targets; create "
+                    "a new run from the checkpoint."
                 )
             return load_of(record, address, with_optimizer=with_optimizer)
 
@@ -253,6 +296,21 @@ class Training:
 
     async def _is_taken(self, tenant: Tenant, run: RunId, kind: CheckpointKind, name: str) -> bool:
         return await self._store.checkpoints.get(tenant.id, run, kind, name) is not None
+
+
+def _shape(spec: LoraSpec) -> tuple[object, ...]:
+    """What two adapters must have in common for weights of one to mean the same in the other."""
+    wears: object = (spec.train_attn, spec.train_mlp, spec.train_unembed)
+    if spec.targets is not None:
+        wears = frozenset(spec.targets)
+    return (spec.rank, spec.alpha, spec.rslora, wears)
+
+
+def _with_dropout(batch: RowsT, spec: LoraSpec) -> RowsT:
+    """A seed where there is none, and the adapter has dropout and is to learn."""
+    if spec.dropout > 0 and batch.backward and batch.dropout_seed is None:
+        return replace(batch, dropout_seed=secrets.randbits(62))
+    return batch
 
 
 def _name_is_free(name: str, taken: bool) -> None:

@@ -57,6 +57,20 @@ class Upkeep:
             await asyncio.sleep(self._config.journal.prune_interval_s)
             await self.tidy()
 
+    async def watch_queues(self) -> None:
+        """Fail operations that wait too long, until cancelled."""
+        timeout_s = self._config.limits.queue_timeout_s
+        if timeout_s is None:
+            return
+        while True:
+            await asyncio.sleep(min(1.0, timeout_s / 4))
+            try:
+                await self._runs.fail_waiting()
+            except StorageFailed as error:
+                log.warning("upkeep_failed", error=error.message)
+            except Exception:
+                log.exception("upkeep_failed")
+
     async def tidy(self) -> None:
         """One round. A step that fails is logged and tried again in the next one."""
         for step in (
@@ -85,6 +99,7 @@ class Upkeep:
 
     async def _expire(self) -> None:
         await self._sessions.expire(self._config.limits.session_timeout_s)
+        await self._runs.expire()
 
     async def _remove_idle(self) -> None:
         await self._checkpoints.remove_idle(self._config.journal.keep_idle_weights_s)

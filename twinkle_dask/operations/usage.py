@@ -14,6 +14,8 @@ from twinkle_dask.store.records import SessionRecord, UsageKind, UsageRecord
 from twinkle_dask.store.searches import Stored
 from twinkle_dask.store.store import Store
 from twinkle_dask.types import (
+    Embed,
+    EmbedResult,
     ForwardBackward,
     ForwardBackwardResult,
     SampleRequest,
@@ -75,7 +77,7 @@ class Usage:
 def input_tokens(request: LaneRequest | SampleRequest) -> int | None:
     """The tokens that a request hands in; None where it has none to count."""
     match request:
-        case ForwardBackward():
+        case ForwardBackward() | Embed():
             return request.num_tokens
         case SampleRequest():
             return len(request.prompt)
@@ -93,7 +95,7 @@ def output_tokens(result: Result) -> int | None:
 def used(result: Result) -> tuple[UsageKind, ...]:
     """What to count for a result."""
     match result:
-        case ForwardBackwardResult():
+        case ForwardBackwardResult() | EmbedResult():
             return (UsageKind.TRAINING,)
         case SampleResult():
             return (UsageKind.PREFILL, UsageKind.SAMPLE)

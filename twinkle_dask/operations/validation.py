@@ -7,10 +7,12 @@ Each function returns what it was given, images having their places (see ``image
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import orjson
 
+from twinkle_dask import lora_targets
 from twinkle_dask.checkpoints import encryption
 from twinkle_dask.config import LimitConfig
 from twinkle_dask.errors import InvalidRequest
@@ -21,13 +23,15 @@ from twinkle_dask.types import (
     AdamParams,
     CustomLoss,
     Datum,
+    Embed,
     ForwardBackward,
     Int32Array,
+    LossName,
     LossSpec,
     SampleRequest,
 )
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 MAX_NAME_LENGTH = 128
 MIN_TTL_S = 3600
 MAX_TTL_S = 10 * 365 * 86400
@@ -39,6 +43,8 @@ MAX_RECIPIENTS = 32
 MAX_RECIPIENT_LENGTH = 2048  # an SSH key of RSA with 8192 bits has 1,400
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
+#: Of one batch; each takes 8 bytes on its way in and 4 on its way out.
+MAX_RAW_SCORES = 4_000_000
 
 
 def checkpoint_name(name: str) -> str:
@@ -52,9 +58,20 @@ def checkpoint_name(name: str) -> str:
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRequest(
             f"Checkpoint name {name!r} is not usable: letters, digits, '.', '_' and '-' are "
-            "allowed, it starts with a letter or digit, and '..' does not occur."
+            "allowed, it does not start with '.' or '-', and '..' does not occur."
         )
     return name
+
+
+def input_tokens(tokens: int | None, limits: LimitConfig) -> int:
+    """The tokens of a batch or prompt, as far as they are counted for one request."""
+    most = limits.max_input_tokens
+    if most is not None and tokens is not None and tokens > most:
+        raise InvalidRequest(
+            f"Input tokens ({tokens}) exceed the maximum of one request here, {most}. Send it in "
+            "several requests."
+        )
+    return tokens or 0
 
 
 def ttl(ttl_s: int | None) -> int | None:
@@ -75,15 +92,30 @@ def recipients(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def lora(request: LoraRequest, model: ServedModel) -> LoraRequest:
-    """Rank within the limit, and something to train."""
+    """Rank within the limit, and something to train; a pattern of targets becomes their paths."""
     limit = model.facts.max_rank
     if not 1 <= request.rank <= limit:
         raise InvalidRequest(f"LoRA rank must be from 1 to {limit}, not {request.rank}.")
-    if not (request.train_attn or request.train_mlp or request.train_unembed):
+    groups = request.train_attn or request.train_mlp or request.train_unembed
+    if not groups and request.targets is None and request.target_pattern is None:
         raise InvalidRequest("Train at least one of train_attn, train_mlp and train_unembed.")
+    if not 0 < request.alpha < math.inf:
+        raise InvalidRequest(f"lora_alpha must be above 0 and finite, not {request.alpha}.")
+    if not 0 <= request.dropout < 1:
+        raise InvalidRequest(f"lora_dropout must be from 0 to below 1, not {request.dropout}.")
     if request.seed is not None and not -(2**63) <= request.seed < 2**63:
         raise InvalidRequest("A LoRA seed must fit in 64 bits.")
-    return request
+    if request.target_pattern is not None:
+        found = lora_targets.matching(request.target_pattern, model.facts.linear_names)
+        return replace(request, targets=found, target_pattern=None)
+    if request.targets is None:
+        return request
+    if not request.targets or len(request.targets) > lora_targets.MAX_NAMES:
+        raise InvalidRequest(
+            f"Name 1 to {lora_targets.MAX_NAMES} target modules, not {len(request.targets)}."
+        )
+    lora_targets.named(request.targets, model.facts.linear_names)
+    return replace(request, targets=tuple(sorted(set(request.targets))))
 
 
 def sampled(model: ServedModel) -> ServedModel:
@@ -101,9 +133,59 @@ def batch(request: ForwardBackward, model: ServedModel, limits: LimitConfig) -> 
         raise InvalidRequest(
             f"The batch has {len(request.data)} data; send at most {limits.max_data} at a time."
         )
+    _asked_of_pass(request)
     request = images.placed_in_batch(request, model, limits)
     for index, datum in enumerate(request.data):
         _datum(datum, request, model, f"Datum {index}")
+    return request
+
+
+def _asked_of_pass(request: ForwardBackward) -> None:
+    """How a batch goes through the model, apart from its data."""
+    if not 0 < request.temperature < math.inf:
+        raise InvalidRequest(f"temperature must be above 0 and finite, not {request.temperature}.")
+    _passes_adapter(request)
+    if not request.raw_scores:
+        return
+    if not isinstance(request.loss, LossSpec) or request.loss.name is not LossName.CROSS_ENTROPY:
+        raise InvalidRequest("Raw scores are logits; only the loss 'cross_entropy' takes them.")
+    if request.num_scores > MAX_RAW_SCORES:
+        raise InvalidRequest(
+            f"{request.num_scores:,} logits are asked for; {MAX_RAW_SCORES:,} are the most at a "
+            "time. Send fewer or shorter rows, or ask for fewer of the vocabulary."
+        )
+
+
+def _passes_adapter(request: ForwardBackward | Embed) -> None:
+    if request.backward and not request.adapter:
+        raise InvalidRequest(
+            "The base model alone has no gradient, since it is frozen: leave its adapter on, or "
+            "compute forward only."
+        )
+    if request.dropout_seed is not None and not 0 <= request.dropout_seed < 2**63:
+        raise InvalidRequest("A dropout seed must be from 0 to 2**63 - 1.")
+    if not 0 <= request.num_counted < math.inf:
+        raise InvalidRequest("What a batch counts for must be a number of at least 0.")
+
+
+def embed(request: Embed, model: ServedModel, limits: LimitConfig) -> Embed:
+    """Tokens of every row, and as many slopes as rows."""
+    if not request.rows:
+        raise InvalidRequest("The batch is empty; send at least one row.")
+    if len(request.rows) > limits.max_data:
+        raise InvalidRequest(
+            f"The batch has {len(request.rows)} rows; send at most {limits.max_data} at a time."
+        )
+    _passes_adapter(request)
+    for index, row in enumerate(request.rows):
+        _tokens(row, model, f"Row {index}")
+    if request.slopes is None:
+        return request
+    shapes = {slope.shape for slope in request.slopes}
+    if len(request.slopes) != len(request.rows) or len(shapes) != 1 or len(min(shapes)) != 1:
+        raise InvalidRequest("There must be one slope for each row, all of one length.")
+    if not all(np.isfinite(slope).all() for slope in request.slopes):
+        raise InvalidRequest("The slopes have values that are NaN or infinite.")
     return request
 
 
@@ -262,6 +344,10 @@ def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> S
         raise InvalidRequest(f"top_k must be -1 (all) or at least 1, not {params.top_k}.")
     if not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {params.top_p}.")
+    if not 0 < params.repetition_penalty < math.inf:
+        raise InvalidRequest(
+            f"repetition_penalty must be above 0 (1 is none), not {params.repetition_penalty}."
+        )
     if max(len(params.stop.strings), len(params.stop.tokens)) > MAX_STOPS:
         raise InvalidRequest(f"A request may have {MAX_STOPS} stop strings or tokens.")
     if any(not string for string in params.stop.strings):

@@ -9,7 +9,9 @@ from twinkle_dask import packing
 from twinkle_dask.errors import TwinkleDaskError
 from twinkle_dask.store.records import CheckpointKind
 from twinkle_dask.types import (
+    EmbedResult,
     ForwardBackwardResult,
+    GradientStepResult,
     Json,
     LoraSpec,
     ModelFacts,
@@ -56,13 +58,23 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraRequest:
-    """What a tenant asks of an adapter; without a seed one is drawn."""
+    """What a tenant asks of an adapter; without a seed one is drawn.
+
+    Attributes:
+        targets: As in ``LoraSpec``; so ``alpha``, ``dropout`` and ``rslora``.
+        target_pattern: In their place a pattern of whole paths, see ``lora_targets.matching``.
+    """
 
     rank: int
     seed: int | None = None
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    alpha: float = 32.0
+    targets: tuple[str, ...] | None = None
+    target_pattern: str | None = None
+    dropout: float = 0.0
+    rslora: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +142,9 @@ Result: TypeAlias = (
     RunCreated
     | CustomLossCreated
     | ForwardBackwardResult
+    | EmbedResult
     | StepResult
+    | GradientStepResult
     | Saved
     | SamplerSaved
     | Exported
@@ -145,7 +159,9 @@ class TicketKind(StrEnum):
 
     CREATE_RUN = "create_run"
     FORWARD_BACKWARD = "forward_backward"
+    EMBED = "embed"
     OPTIM_STEP = "optim_step"
+    GRADIENT_STEP = "gradient_step"
     SAVE_STATE = "save_state"
     LOAD_STATE = "load_state"
     SAVE_FOR_SAMPLER = "save_for_sampler"
@@ -199,7 +215,7 @@ Outcome: TypeAlias = Done | Failed | Waiting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """A saved checkpoint as its owner sees it."""
+    """A saved checkpoint as its owner sees it. ``tenant`` is the owner, if that may be told."""
 
     address: CheckpointAddress
     base_model: str
@@ -209,6 +225,7 @@ class CheckpointInfo:
     size_bytes: int
     public: bool
     user_metadata: Json
+    tenant: TenantId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

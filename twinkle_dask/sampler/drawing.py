@@ -90,6 +90,8 @@ class DrawRules:
         nucleus: Whether any row has a top_p and no top_k.
         num_candidates: C, no less than any top_k.
         top_rows: Rows whose likeliest tokens are wanted, with their number.
+        penalised_rows: Indices of the rows with a repetition penalty other than 1 (P of them).
+        penalty_P1: Theirs.
     """
 
     random_rows: tuple[int, ...]
@@ -103,6 +105,8 @@ class DrawRules:
     nucleus: bool
     num_candidates: int
     top_rows: tuple[tuple[int, int], ...]
+    penalised_rows: tuple[int, ...]
+    penalty_P1: Tensor
 
     @classmethod
     def of(
@@ -129,6 +133,7 @@ class DrawRules:
         nucleus = vocab_size in top_k
         candidates = max(largest_k, _CANDIDATES) if nucleus else largest_k
         all_random, all_limited = len(rows) == len(params), len(limited) == len(random)
+        penalised = tuple(i for i, p in enumerate(params) if p.repetition_penalty != 1)
         return cls(
             random_rows=rows,
             random_S=torch.tensor(rows, dtype=torch.int64, device=device),
@@ -143,6 +148,10 @@ class DrawRules:
             nucleus=nucleus,
             num_candidates=min(vocab_size, candidates),
             top_rows=tuple((row, number) for row, number in enumerate(num_top) if number),
+            penalised_rows=penalised,
+            penalty_P1=_column(
+                [params[i].repetition_penalty for i in penalised], torch.float32, device
+            ),
         )
 
 
@@ -165,14 +174,26 @@ class Draws(NamedTuple):
     top: dict[int, tuple[Int32Array, Float32Array]]
 
 
-def draw(logits_NV: Tensor, rules: DrawRules, numbers: Sequence[float]) -> Draws:
+def draw(
+    logits_NV: Tensor,
+    rules: DrawRules,
+    numbers: Sequence[float],
+    seen_PV: Tensor | None = None,
+) -> Draws:
     """Draw a token for each row.
 
     Args:
         logits_NV: float32; overwritten, since vocabularies are large.
         rules: Of these N rows.
         numbers: Random numbers in [0, 1), one for each of ``rules.random_rows``.
+        seen_PV: For each of ``rules.penalised_rows``, whether a token occurred before; needed
+            where there are any.
     """
+    penalised_PV: Tensor | None = None
+    if rules.penalised_rows:
+        if seen_PV is None:
+            raise ValueError("a repetition penalty needs to know the tokens before")
+        penalised_PV = _penalised(logits_NV[list(rules.penalised_rows)], rules.penalty_P1, seen_PV)
     if rules.greedy:
         # Of equal logits, max names the first; it is several times faster than argmax.
         largest_N, tokens_N = logits_NV.max(dim=-1)
@@ -181,16 +202,30 @@ def draw(logits_NV: Tensor, rules: DrawRules, numbers: Sequence[float]) -> Draws
     shifted_NV = logits_NV.sub_(largest_N.unsqueeze(-1))
     weights_NV = shifted_NV.exp()
     log_total_N = weights_NV.sum(dim=-1).log()
+    drawn_NV = shifted_NV
+    if penalised_PV is not None:
+        # What is drawn from; the logprobs stay those of the logits as they were.
+        rows_P = torch.tensor(rules.penalised_rows, device=logits_NV.device)
+        largest_P1, likeliest_P1 = penalised_PV.max(dim=-1, keepdim=True)
+        drawn_NV = shifted_NV.index_copy(0, rows_P, penalised_PV - largest_P1)
+        weights_NV = drawn_NV.exp()
+        if tokens_N is not None:
+            tokens_N[rows_P] = likeliest_P1.squeeze(-1)
     if tokens_N is None:
-        tokens_N = _draw_at_random(shifted_NV, weights_NV, rules, numbers)
+        tokens_N = _draw_at_random(drawn_NV, weights_NV, rules, numbers)
     elif rules.random_rows:
         chosen = rules.random_S
-        tokens_N[chosen] = _draw_at_random(shifted_NV[chosen], weights_NV[chosen], rules, numbers)
+        tokens_N[chosen] = _draw_at_random(drawn_NV[chosen], weights_NV[chosen], rules, numbers)
     logprobs_N = shifted_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1) - log_total_N
     tokens: list[int] = cast("Any", tokens_N).tolist()  # torch leaves tolist untyped
     logprobs: list[float] = cast("Any", logprobs_N).tolist()
     top = _top(shifted_NV, log_total_N, rules.top_rows) if rules.top_rows else {}
     return Draws(tokens, logprobs, top)
+
+
+def _penalised(logits_PV: Tensor, penalty_P1: Tensor, seen_PV: Tensor) -> Tensor:
+    changed_PV = torch.where(logits_PV > 0, logits_PV / penalty_P1, logits_PV * penalty_P1)
+    return torch.where(seen_PV, changed_PV, logits_PV)
 
 
 def draw_many(logits_NV: Tensor, temperature: float, numbers_NK: NDArray[np.float64]) -> Tensor:

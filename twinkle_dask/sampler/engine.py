@@ -9,6 +9,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -101,6 +102,11 @@ class TorchSampler:
     def busy(self) -> bool:
         """Whether ``step`` has anything to do or to give back."""
         return bool(self._requests or self._ended)
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The Hugging Face tokenizer of the model, if it has one."""
+        return self._base.tokenizer
 
     @property
     def num_running(self) -> int:
@@ -290,6 +296,9 @@ class TorchSampler:
         for found in drawn:
             sequence = found.sequence
             sequence.request.account.served += 1
+            watch = sequence.request.work.watch
+            if watch is not None and found.logprob == found.logprob:  # else the request fails
+                watch(sequence.index, found.token, found.logprob, found.top)
             if sequence.add(found.token, found.logprob, found.top):
                 going_on.add(sequence)
             else:

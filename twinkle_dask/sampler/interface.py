@@ -1,10 +1,22 @@
 """What a host asks of a sampler engine; the torch engine is one, vLLM another."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from twinkle_dask.errors import TwinkleDaskError
-from twinkle_dask.types import AdapterState, SampleRequest, SampleResult, TenantId
+from twinkle_dask.types import (
+    AdapterState,
+    Float32Array,
+    Int32Array,
+    SampleRequest,
+    SampleResult,
+    TenantId,
+)
+
+#: Told of every token of a request as it is drawn, on the thread that calls ``step``: the sample's
+#: index, the token, its logprob, and if they were asked for the likeliest tokens there with theirs.
+Watch: TypeAlias = Callable[[int, int, float, tuple[Int32Array, Float32Array] | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +26,14 @@ class SampleWork:
     Attributes:
         id: Unique among the requests that the engine holds.
         adapter: Key of an adapter given to ``add_adapter``; None samples the base model.
+        watch: Follows the drawing; None where only the outcome is wanted.
     """
 
     id: str
     tenant: TenantId
     request: SampleRequest
     adapter: str | None
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,11 @@ class Sampler(Protocol):
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do or to give back."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The Hugging Face tokenizer of the model, if it has one; to be read only."""
         ...
 
     def add_adapter(self, key: str, state: AdapterState) -> None:

@@ -183,10 +183,24 @@ def _rules(sequences: Several[Sequence], vocab_size: int, device: torch.device) 
 
 def _draw(sequences: Several[Sequence], logits_BV: Tensor, rules: DrawRules) -> list[Drawn]:
     numbers = [sequences[row].uniforms.at(len(sequences[row].tokens)) for row in rules.random_rows]
-    tokens, logprobs, top = draw(logits_BV, rules, numbers)
+    seen_PV = _seen([sequences[row] for row in rules.penalised_rows], logits_BV)
+    tokens, logprobs, top = draw(logits_BV, rules, numbers, seen_PV)
     return [
         Drawn(sequence, token, logprob, top.get(row))
         for row, (sequence, token, logprob) in enumerate(
             zip(sequences, tokens, logprobs, strict=True)
         )
     ]
+
+
+def _seen(sequences: Several[Sequence], logits_BV: Tensor) -> Tensor | None:
+    """Which tokens occurred in each of these sequences, their prompts included (P, V)."""
+    if not sequences:
+        return None
+    vocab_size, device = logits_BV.shape[-1], logits_BV.device
+    masks = [sequence.request.prompt_mask_V(vocab_size, device) for sequence in sequences]
+    prompts_PV = torch.stack(masks)
+    rows = [row for row, sequence in enumerate(sequences) for _ in sequence.tokens]
+    drawn = [token for sequence in sequences for token in sequence.tokens]
+    prompts_PV[rows, drawn] = True
+    return prompts_PV

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from twinkle_dask.model.lora import LoraTensors
 from twinkle_dask.sampler.drawing import Uniforms
@@ -111,6 +113,14 @@ class Request:
     scores: PromptScores | None
     sequences: list[Sequence] = field(default_factory=list[Sequence])
     unfinished: int = 0
+    _prompt_mask_V: Tensor | None = field(default=None, init=False)
+
+    def prompt_mask_V(self, vocab_size: int, device: torch.device) -> Tensor:
+        """Which tokens occur in the prompt; made when it is first asked for."""
+        if self._prompt_mask_V is None:
+            self._prompt_mask_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._prompt_mask_V[self.prompt] = True
+        return self._prompt_mask_V
 
     def result(self) -> SampleResult:
         """The finished request as a value."""

@@ -89,6 +89,12 @@ class Checkpoints:
         this = and_(t.c.run_id == run, t.c.kind == kind, t.c.name == name)
         return await self._database.one(CheckpointRecord, select(t).where(which, this, _live()))
 
+    async def at_path(self, tenant: TenantId, path: str) -> CheckpointRecord | None:
+        """The tenant's named checkpoint with its files in a folder; of copies the first."""
+        mine = and_(t.c.tenant_id == tenant, t.c.path == path, t.c.name.is_not(None), _live())
+        query = select(t).where(mine).order_by(t.c.created_at, t.c.id).limit(1)
+        return await self._database.one(CheckpointRecord, query)
+
     async def by_id(self, checkpoint: str) -> CheckpointRecord | None:
         """The checkpoint with this id, whosever it is: for those who were let in before."""
         return await self._database.one(

@@ -136,6 +136,24 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettingsRecord:
+    """What a run is set to between calls; ``operations.adapter_settings`` reads both documents.
+
+    Attributes:
+        settings: What its client has set.
+        progress: Counters, and what its metrics have gathered.
+        pending_path: The blob of a batch that waits for its backward pass, if there is one.
+    """
+
+    run_id: RunId
+    tenant_id: TenantId
+    settings: Json
+    progress: Json
+    pending_path: str | None = None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperationRecord:
     """One acknowledged operation: a row of the journal.
 
@@ -185,6 +203,25 @@ class OperationRecord:
     def has_payload(self) -> bool:
         """Whether it can be replayed."""
         return self.payload is not None or self.payload_path is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSettingsRecord:
+    """What the samplers of a session are set to under an adapter's name.
+
+    Attributes:
+        adapter: The client's name; empty where it named none.
+        template: How trajectories are encoded, as it was sent; None if nothing was.
+        weights: The id of the checkpoint that the name stands for; None for the adapter of the
+            session that has the name.
+    """
+
+    session_id: SessionId
+    base_model: str
+    adapter: str
+    template: Json | None = None
+    weights: str | None = None
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +322,47 @@ class CustomLossRecord:
     ranks: list[list[Any]]
     graph: str
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorRecord:
+    """A data set, loader or other object of the processor service, for the time of its session.
+
+    Attributes:
+        state: Its JSON; see ``twinkle_dask.processor.states``.
+        num_bytes: Of its files, which lie in ``folder`` among the blobs.
+    """
+
+    id: str
+    tenant_id: TenantId
+    session_id: SessionId
+    processor_type: str
+    class_type: str
+    state: str
+    num_bytes: int
+    created_at: datetime
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie."""
+        return f"processors/{self.id}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedDataRecord:
+    """A file of rows that a tenant has saved under a name of its own.
+
+    Attributes:
+        path: Of its blob.
+        used_at: When it was saved or last read.
+    """
+
+    tenant_id: TenantId
+    name: str
+    path: str
+    num_bytes: int
+    created_at: datetime
+    used_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,5 +34,6 @@ def from_row(kind: type[R], row: RowMapping) -> R:
     """The record of a row that holds all its columns."""
     values: RowValues = {str(column): value for column, value in row.items()}
     if "spec" in kind.__dataclass_fields__:
-        values["spec"] = LoraSpec(**{name: values.pop(name) for name in _SPEC_FIELDS})
+        spec = {name: values.pop(name) for name in _SPEC_FIELDS}
+        values["spec"] = LoraSpec(**{k: value for k, value in spec.items() if value is not None})
     return kind(**values)

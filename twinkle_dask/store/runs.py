@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, update
 
 from twinkle_dask.store.database import Database, Page
 from twinkle_dask.store.records import OperationState, RunPhase, RunRecord, SessionState
@@ -100,6 +100,17 @@ class Runs:
             return former if former != path else None
 
         return await self._database.write(work)
+
+    async def remove_failed(self, run: RunId) -> None:
+        """Remove a run that could not be made, with the operation that was to make it."""
+        gone = and_(t.c.id == run, t.c.state == RunPhase.FAILED)
+
+        def work(connection: Connection) -> None:
+            if connection.scalar(select(t.c.id).where(gone)) is not None:
+                connection.execute(delete(operations).where(operations.c.run_id == run))
+                connection.execute(delete(t).where(gone))
+
+        await self._database.write(work)
 
     async def touch(self, runs: Iterable[RunId], when: datetime) -> None:
         """Note the latest request of many runs in one write."""

@@ -1,10 +1,11 @@
 """Sampling sessions."""
 
-from sqlalchemy import ColumnElement, Connection, and_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, update
 
 from twinkle_dask.store.database import Database
-from twinkle_dask.store.records import SamplerRecord
+from twinkle_dask.store.records import SamplerRecord, SessionState
 from twinkle_dask.store.tables import samplers as t
+from twinkle_dask.store.tables import sessions
 from twinkle_dask.types import SamplerId, SessionId, TenantId
 
 
@@ -34,6 +35,13 @@ class Samplers:
         """The session's samplers by ``sampler_seq``."""
         query = select(t).where(t.c.session_id == session).order_by(t.c.sampler_seq)
         return await self._database.all(SamplerRecord, query)
+
+    async def num_active(self, tenant: TenantId) -> int:
+        """How many samplers of sessions that are alive the tenant has."""
+        alive = and_(t.c.tenant_id == tenant, sessions.c.state == SessionState.ACTIVE)
+        both = t.join(sessions, sessions.c.id == t.c.session_id)
+        query = select(func.count()).select_from(both).where(alive)
+        return await self._database.read(lambda connection: connection.execute(query).scalar_one())
 
     async def join(self, sampler: SamplerId) -> int:
         """Count another client of the sampler; gives its number, which no other will get."""

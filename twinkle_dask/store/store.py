@@ -11,8 +11,11 @@ from twinkle_dask.store.database import Database
 from twinkle_dask.store.inflight import InflightWeights
 from twinkle_dask.store.journal import Journal
 from twinkle_dask.store.keys import Keys
+from twinkle_dask.store.processors import Processors
 from twinkle_dask.store.recorded import RecordedSamples
+from twinkle_dask.store.run_settings import RunSettings
 from twinkle_dask.store.runs import Runs
+from twinkle_dask.store.sampler_settings import SamplerSettings
 from twinkle_dask.store.samplers import Samplers
 from twinkle_dask.store.searches import Searches
 from twinkle_dask.store.secrets import Secrets
@@ -38,13 +41,16 @@ class Store:
     keys: Keys
     sessions: Sessions
     runs: Runs
+    run_settings: RunSettings
     samplers: Samplers
+    sampler_settings: SamplerSettings
     inflight: InflightWeights
     recorded: RecordedSamples
     journal: Journal
     checkpoints: Checkpoints
     copies: Copies
     custom_losses: CustomLosses
+    processors: Processors
     secrets: Secrets
     audit: AuditEvents
     usage: Usage
@@ -68,13 +74,16 @@ class Store:
             keys=Keys(database),
             sessions=Sessions(database),
             runs=Runs(database),
+            run_settings=RunSettings(database),
             samplers=Samplers(database),
+            sampler_settings=SamplerSettings(database),
             inflight=InflightWeights(database),
             recorded=RecordedSamples(database),
             journal=Journal(database),
             checkpoints=Checkpoints(database),
             copies=Copies(database),
             custom_losses=CustomLosses(database),
+            processors=Processors(database),
             secrets=Secrets(database),
             audit=AuditEvents(database),
             usage=Usage(database),

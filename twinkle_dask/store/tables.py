@@ -92,6 +92,25 @@ class Strings(TypeDecorator[tuple[str, ...]]):
         return tuple(value or ())
 
 
+class OptionalStrings(TypeDecorator[tuple[str, ...]]):
+    """A tuple of strings as a JSON list, or NULL for None."""
+
+    impl = JSON(none_as_null=True)
+    cache_ok = True
+
+    def process_bind_param(
+        self, value: tuple[str, ...] | None, dialect: Dialect
+    ) -> list[str] | None:
+        """Store a list."""
+        return None if value is None else list(value)
+
+    def process_result_value(
+        self, value: list[str] | None, dialect: Dialect
+    ) -> tuple[str, ...] | None:
+        """Give a tuple back."""
+        return None if value is None else tuple(value)
+
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -115,6 +134,10 @@ def _lora_columns() -> tuple[Column[Any], ...]:
         Column("train_attn", Boolean, nullable=False),
         Column("train_mlp", Boolean, nullable=False),
         Column("train_unembed", Boolean, nullable=False),
+        Column("targets", OptionalStrings),
+        # NULL in rows of before there was such a choice.
+        Column("dropout", Float),
+        Column("rslora", Boolean),
     )
 
 
@@ -274,6 +297,52 @@ custom_losses = Table(
     Column("graph", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     UniqueConstraint("session_id", "loss_seq"),
+)
+
+processors = Table(
+    "processors",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", String, nullable=False, index=True),
+    _text("session_id", ForeignKey("sessions.id")),
+    _text("processor_type"),
+    _text("class_type"),
+    Column("state", Text, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+saved_data = Table(
+    "saved_data",
+    metadata,
+    Column("tenant_id", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    _text("path"),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("used_at", UtcDateTime, nullable=False),
+)
+
+run_settings = Table(
+    "run_settings",
+    metadata,
+    Column("run_id", String, ForeignKey("runs.id"), primary_key=True),
+    _text("tenant_id"),
+    Column("settings", JSON, nullable=False),
+    Column("progress", JSON, nullable=False),
+    Column("pending_path", String),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+sampler_settings = Table(
+    "sampler_settings",
+    metadata,
+    Column("session_id", String, ForeignKey("sessions.id"), primary_key=True),
+    Column("base_model", String, primary_key=True),
+    Column("adapter", String, primary_key=True),
+    Column("template", JSON(none_as_null=True)),
+    Column("weights", String),
+    Column("created_at", UtcDateTime, nullable=False),
 )
 
 secrets = Table(

@@ -18,9 +18,10 @@ from twinkle_dask.trainer.lanes import NUMBERS_FOR_LANES, Lanes
 from twinkle_dask.trainer.micro_batches import MicroBatches, PlannedPass
 from twinkle_dask.trainer.paging import PagingConfig
 from twinkle_dask.trainer.passes import PassConfig, run_pass
-from twinkle_dask.trainer.progress import Progress
+from twinkle_dask.trainer.progress import Progress, progress_of
 from twinkle_dask.trainer.queues import Pick, RunQueues
 from twinkle_dask.trainer.residency import Residency
+from twinkle_dask.trainer.schedules import Schedules
 from twinkle_dask.trainer.work import (
     Completion,
     CreateRun,
@@ -29,7 +30,16 @@ from twinkle_dask.trainer.work import (
     Outcome,
     Work,
 )
-from twinkle_dask.types import ForwardBackward, LoraSpec, OptimStep, RunId, StepResult
+from twinkle_dask.types import (
+    Embed,
+    ForwardBackward,
+    GradientStep,
+    GradientStepResult,
+    LoraSpec,
+    OptimStep,
+    RunId,
+    StepResult,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -112,6 +122,7 @@ class Trainer:
         )
         self._queues = RunQueues()
         self._residency = Residency(base, self._queues, paging, lanes=self._lanes.count)
+        self._schedules = Schedules()
         self._progress: dict[str, Progress] = {}
         self._planned: deque[PlannedPass] = deque()
         self._pass_is_due = False
@@ -207,7 +218,8 @@ class Trainer:
         run = self._queues.run_of(work_id)
         self._progress.pop(work_id, None)
         self._queues.finish(work_id)
-        self._residency.work_ended(run, stepped=isinstance(outcome, StepResult))
+        stepped = isinstance(outcome, StepResult | GradientStepResult)
+        self._residency.work_ended(run, stepped=stepped)
         return Completion(id=work_id, outcome=outcome)
 
     # Barriers.
@@ -242,10 +254,13 @@ class Trainer:
                 return self._residency.load(work.run, state, with_optimizer=with_optimizer)
             case OptimStep():
                 return self._residency.get(work.run).step(work.body.adam)
+            case GradientStep():
+                run = self._residency.get(work.run)
+                return run.gradient_step(work.body, self._schedules)
             case ExportState():
                 run = self._residency.get(work.run)
                 return run.export(gradients=work.body.gradients, optimizer=work.body.optimizer)
-            case ForwardBackward():
+            case ForwardBackward() | Embed():
                 raise InvalidRequest("The batch is empty.")
             case _:
                 assert_never(work.body)
@@ -292,7 +307,8 @@ class Trainer:
     def _progress_of(self, pick: Pick) -> Progress:
         work = pick.work
         if work.id not in self._progress:
-            self._progress[work.id] = Progress(work, pick.body, self._residency.get(work.run))
+            run = self._residency.get(work.run)
+            self._progress[work.id] = progress_of(work, pick.body, run)
         return self._progress[work.id]
 
     def _pass(self, members: Mapping[Progress, Sequence[int]]) -> list[Completion]:
@@ -316,7 +332,7 @@ class Trainer:
             return [self._end(work.id, _failure(error, work))]
         ended: list[Completion] = []
         for (progress, rows), of_rows in zip(members.items(), results, strict=True):
-            self.tokens_done += sum(len(progress.body.data[row].tokens) for row in rows)
+            self.tokens_done += sum(progress.body.length_of(row) for row in rows)
             try:
                 for row, result in zip(rows, of_rows, strict=True):
                     progress.add(row, result)

@@ -6,10 +6,13 @@ For each chunk of C positions, with the adapters of ``segments`` on the head as 
     lp_T      = log_softmax(float32(logits_CV))[position_T, token_T]
     grad_CV   = sum_t slope_t * (onehot(token_t) - softmax(logits_CV)),  slope = d loss / d lp
 
-and ``grad_CV`` goes back through the head at once. The matrix products see a whole chunk; what is
-element by element in float32 is done in smaller blocks that stay in the processor's cache, and
-``grad_CV`` takes the memory of ``logits_CV`` (SmolLM2's head in bfloat16 on one core: 425 ms per
-1024 positions without blocks, 220 ms with; the two products alone are 175 ms).
+and ``grad_CV`` goes back through the head at once. A temperature divides the logits before all of
+that, and where raw scores are wanted lp is the logit itself, without the softmax.
+
+The matrix products see a whole chunk; what is element by element in float32 is done in smaller
+blocks that stay in the processor's cache, and ``grad_CV`` takes the memory of ``logits_CV``
+(SmolLM2's head in bfloat16 on one core: 425 ms per 1024 positions without blocks, 220 ms with; the
+two products alone are 175 ms).
 
 Shapes: P positions, T target tokens (several may belong to one position), C positions of a chunk,
 N of a block, M targets to know ahead, D hidden, V vocabulary, R rank.
@@ -67,16 +70,35 @@ class Targets:
         token_T: int64, on the device.
         position_T: int64, not decreasing, on the device.
         first: Index of each position's first target, and T at the end; int64 (P + 1,), on the host.
+        temperature_P: Float32, what logits are divided by; None if that is 1 everywhere.
+        raw_P: Where the scores are logits; None if nowhere.
+        judged_P: Where to tell whether the target is the likeliest token; None if nowhere.
     """
 
     token_T: Tensor
     position_T: Tensor
     first: Int64Array
+    temperature_P: Tensor | None = None
+    raw_P: Tensor | None = None
+    judged_P: Tensor | None = None
 
     @property
     def one_each(self) -> bool:
         """Whether T is P."""
         return len(self.token_T) == len(self.first) - 1
+
+    def at(self, index_M: Tensor, place_M: Tensor, first: Int64Array, chosen: Tensor) -> "Targets":
+        """Some targets alone, at the ``chosen`` positions; nothing is judged.
+
+        Args:
+            index_M: Their indices in T.
+            place_M: The place of each one's position among the chosen ones.
+            first: As above, of what is left.
+            chosen: Indices of positions, increasing.
+        """
+        temperature = None if self.temperature_P is None else self.temperature_P[chosen]
+        raw = None if self.raw_P is None else self.raw_P[chosen]
+        return Targets(self.token_T[index_M], place_M, first, temperature, raw)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,16 +106,19 @@ class Scored:
     """What came out.
 
     Attributes:
-        logprobs_T: float32; log softmax of the unmodified logits at the targets.
+        logprobs_T: float32; log softmax of the logits at the targets, or the logits themselves.
         values_T: float32; each token's loss.
         grad_PD: Derivative of the summed loss by the hidden states, in their dtype, or None.
         loss: What gave the values; knows what it looked ahead for.
+        correct_T: Whether a judged target is the likeliest token, the first of several; False where
+            nothing is judged, None if that is everywhere.
     """
 
     logprobs_T: Tensor
     values_T: Tensor
     grad_PD: Tensor | None
     loss: LossOfPart
+    correct_T: Tensor | None = None
 
 
 @torch.no_grad()
@@ -132,7 +157,10 @@ def score(
     block = max(1, block_bytes // (vocab_size * 4))
     logprobs_T = hidden_PD.new_empty(len(targets.token_T), dtype=torch.float32)
     grad_PD = torch.zeros_like(hidden_PD) if backward else None
-    scored = Scored(logprobs_T, torch.empty_like(logprobs_T), grad_PD, loss)
+    correct_T = None
+    if targets.judged_P is not None:
+        correct_T = torch.zeros_like(logprobs_T, dtype=torch.bool)
+    scored = Scored(logprobs_T, torch.empty_like(logprobs_T), grad_PD, loss, correct_T)
     for start in range(0, len(hidden_PD), chunk):
         hidden_CD = hidden_PD[start : start + chunk]
         local = _within(segments, start, start + len(hidden_CD))
@@ -171,10 +199,11 @@ def _only(
     def there(array: Int64Array) -> Tensor:
         return torch.from_numpy(array).to(hidden_PD.device)  # pyright: ignore[reportUnknownMemberType]
 
+    chosen = there(position_P)
     scored = score(
         head,
-        hidden_PD[there(position_P)],
-        Targets(targets.token_T[there(ahead_M)], there(place_M), first),
+        hidden_PD[chosen],
+        targets.at(there(ahead_M), there(place_M), first, chosen),
         _of_live(segments, live_P),
         lambda _, lp_T: (lp_T, lp_T),
         backward=False,
@@ -202,13 +231,23 @@ def _losses(
         # By hand and in one place: log_softmax takes each exponential, which is most of the cost,
         # and the gradient would take it again (512 x 49152, bfloat16, one core: 46 ms, here 31).
         exp_NV = room_NV[:rows].copy_(logits_CV[row : row + rows])
+        here = slice(begin, begin + rows)
+        if targets.temperature_P is not None:
+            exp_NV.div_(targets.temperature_P[here, None])
         part = slice(int(targets.first[begin]), int(targets.first[begin + rows]))
         row_T = targets.position_T[part] - begin
         place_T = row_T * vocab_size + targets.token_T[part]  # in the flattened block
         top_N1 = exp_NV.amax(-1, keepdim=True)
-        below_T = exp_NV.view(-1)[place_T] - top_N1[row_T, 0]
+        logit_T = exp_NV.view(-1)[place_T]
+        below_T = logit_T - top_N1[row_T, 0]
+        if targets.judged_P is not None and scored.correct_T is not None:
+            scored.correct_T[part] = _correct(
+                exp_NV, below_T, row_T, targets.token_T[part], targets.judged_P[here]
+            )
         sum_N = exp_NV.sub_(top_N1).exp_().sum(-1)
         lp_T = below_T - sum_N.log()[row_T]
+        if targets.raw_P is not None:
+            lp_T = torch.where(targets.raw_P[here][row_T], logit_T, lp_T)
         scored.logprobs_T[part] = lp_T
         scored.values_T[part], slope_T = loss(part, lp_T)
         if scored.grad_PD is None:
@@ -218,6 +257,11 @@ def _losses(
         else:
             slope_N = _sum_by_row(slope_T, row_T, rows)
             live_N = _sum_by_row((slope_T != 0).float(), row_T, rows) > 0
+        if targets.raw_P is not None:  # a logit does not depend on the others
+            slope_N = slope_N.masked_fill(targets.raw_P[here], 0)
+        if targets.temperature_P is not None:
+            slope_N = slope_N / targets.temperature_P[here]
+            slope_T = slope_T / targets.temperature_P[here][row_T]
         if live := int(live_N.sum()):
             grad_NV = exp_NV.mul_((-slope_N / sum_N)[:, None])
             grad_NV.view(-1).index_add_(0, place_T, slope_T)
@@ -226,6 +270,17 @@ def _losses(
             live_C[row : row + rows] = live_N
             written += live
     return live_C
+
+
+def _correct(
+    logits_NV: Tensor, below_T: Tensor, row_T: Tensor, token_T: Tensor, judged_N: Tensor
+) -> Tensor:
+    """Whether targets are the likeliest tokens; looks again only where a target is at the top."""
+    at_top_T = (below_T == 0) & judged_N[row_T]
+    # Logits in bfloat16 are often equal; then it is the first, as for argmax.
+    first_N = logits_NV[row_T[at_top_T]].argmax(-1)
+    at_top_T[at_top_T.clone()] = first_N == token_T[at_top_T]
+    return at_top_T
 
 
 def _sum_by_row(value_T: Tensor, row_T: Tensor, num_rows: int) -> Tensor:
@@ -246,7 +301,12 @@ def _through_head(
         part_CV = grad_CV[segment.rows]
         part_CD = hidden_CD[segment.rows]
         part_CR = part_CV @ b_VR
-        grad_CD[segment.rows].addmm_(part_CR, a_RD, alpha=scale)
+        if segment.dropout is None:
+            grad_CD[segment.rows].addmm_(part_CR, a_RD, alpha=scale)
+        else:
+            back_CD = segment.dropout.applied(part_CR @ a_RD, head.path)
+            grad_CD[segment.rows].add_(back_CD, alpha=scale)
+            part_CD = segment.dropout.applied(part_CD, head.path)
         if segment.grads is not None:
             grad_a_RD = part_CR.T @ part_CD
             grad_b_VR = part_CV.T @ (part_CD @ a_RD.T)
@@ -268,7 +328,10 @@ def _within(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]
         begin, end = _bounds(segment)
         if begin < stop and start < end:
             rows = slice(max(begin, start) - start, min(end, stop) - start)
-            parts.append(Segment(rows, segment.adapter, segment.grads))
+            dropout = segment.dropout
+            if dropout is not None:
+                dropout = dropout.only(slice(max(begin, start) - begin, min(end, stop) - begin))
+            parts.append(Segment(rows, segment.adapter, segment.grads, dropout))
     return parts
 
 
@@ -277,7 +340,12 @@ def _of_live(segments: Sequence[Segment], live_C: NDArray[np.bool_]) -> list[Seg
     before = np.pad(live_C.cumsum(), (1, 0))
     parts: list[Segment] = []
     for segment in segments:
-        begin, end = (int(before[bound]) for bound in _bounds(segment))
+        start, stop = _bounds(segment)
+        begin, end = int(before[start]), int(before[stop])
         if begin < end:
-            parts.append(Segment(slice(begin, end), segment.adapter, segment.grads))
+            dropout = segment.dropout
+            if dropout is not None:
+                there = torch.from_numpy(np.flatnonzero(live_C[start:stop]))  # pyright: ignore[reportUnknownMemberType]
+                dropout = dropout.only(there.to(dropout.keys_M.device))
+            parts.append(Segment(slice(begin, end), segment.adapter, segment.grads, dropout))
     return parts

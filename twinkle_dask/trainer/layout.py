@@ -71,24 +71,36 @@ class Layout:
             start += size
         return views
 
-    def gather(self, arrays: Mapping[str, Float32Array], device: torch.device) -> Tensor:
+    def gather(
+        self,
+        arrays: Mapping[str, Float32Array],
+        device: torch.device,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Tensor:
         """Copy arrays from the host into a new buffer.
+
+        Args:
+            arrays: One for each weight.
+            device: Of the buffer.
+            shapes: Of the arrays, in the weights' order, if they are not the weights' own.
 
         Raises:
             InvalidRequest: A weight is missing, is one too many, or has another shape.
         """
+        wanted = self.shapes if shapes is None else shapes
         found = {name: array.shape for name, array in arrays.items()}
-        if found != self.shapes:
-            names = found.keys() | self.shapes.keys()
-            name = min(name for name in names if found.get(name) != self.shapes.get(name))
+        if found != wanted:
+            names = found.keys() | wanted.keys()
+            name = min(name for name in names if found.get(name) != wanted.get(name))
             raise InvalidRequest(
                 f"The state does not fit this base model and LoRA configuration: {name} has shape "
-                f"{found.get(name)}, expected {self.shapes.get(name)}."
+                f"{found.get(name)}, expected {wanted.get(name)}."
             )
         # Not the arrays' own memory: products may round by alignment, and these are aligned.
-        flat = pages.zeros(self.size, torch.device("cpu"))
+        size = self.size if shapes is None else sum(map(prod, shapes.values()))
+        flat = pages.zeros(size, torch.device("cpu"))
         if arrays:
-            np.concatenate([arrays[name].ravel() for name in self.shapes], out=flat.numpy())
+            np.concatenate([arrays[name].ravel() for name in wanted], out=flat.numpy())
         return flat.to(device)
 
     def scatter(self, flat: Tensor) -> dict[str, Float32Array]:
@@ -106,7 +118,7 @@ class Layouts:
 
     def of(self, spec: LoraSpec) -> Layout:
         """The layout of an adapter of this shape."""
-        shape = replace(spec, seed=0, alpha=1.0)
+        shape = replace(spec, seed=0, alpha=1.0, dropout=0.0, rslora=False)
         if shape not in self._known:
             self._known[shape] = Layout.of(self._base, shape)
         return self._known[shape]

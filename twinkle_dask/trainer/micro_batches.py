@@ -77,7 +77,7 @@ class MicroBatches:
         for pick in going_on:
             fits = 0
             for row in pick.rows:
-                room -= len(pick.body.data[row].tokens)
+                room -= pick.body.length_of(row)
                 if room < 0:
                     break
                 fits += 1
@@ -89,8 +89,8 @@ class MicroBatches:
 
     def _by_length(self, picks: Sequence[Pick]) -> list[PlannedPass]:
         rows = [(pick, row) for pick in picks for row in pick.rows]
-        rows.sort(key=lambda of: len(of[0].body.data[of[1]].tokens), reverse=True)
-        lengths = [len(pick.body.data[row].tokens) for pick, row in rows]
+        rows.sort(key=lambda of: of[0].body.length_of(of[1]), reverse=True)
+        lengths = [pick.body.length_of(row) for pick, row in rows]
         passes: list[PlannedPass] = []
         for group in length_groups(lengths, self.pass_tokens):
             chosen: dict[str, list[int]] = {}
@@ -109,4 +109,4 @@ class MicroBatches:
 
 
 def _num_tokens(pick: Pick) -> int:
-    return sum(len(pick.body.data[row].tokens) for row in pick.rows)
+    return sum(pick.body.length_of(row) for row in pick.rows)

@@ -6,6 +6,7 @@ memory however many layers the model has.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -52,9 +53,13 @@ class StepNorms:
     weight: float
 
 
-def norm(flat: Tensor) -> Tensor:
-    """L2 norm, float32, on the device."""
-    return torch.linalg.vector_norm(flat)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+def norm(flat: Tensor, of: float = 2.0) -> Tensor:
+    """L2 norm or another, at least the first, float32, on the device."""
+    if of in (1.0, 2.0, inf):
+        return torch.linalg.vector_norm(flat, of)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    # High powers soon leave what floats can hold, so those of shares of the largest are summed.
+    largest = flat.abs().max().clamp(min=torch.finfo(flat.dtype).tiny)
+    return torch.linalg.vector_norm(flat / largest, of) * largest  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def clip_scale(grad_norm: float, max_norm: float) -> float:

@@ -6,20 +6,24 @@ computed in parallel; each has gradient buffers of its own, which are added up i
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from twinkle_dask.model.base import BaseModel
 from twinkle_dask.trainer.batch import Batch, Part
+from twinkle_dask.trainer.embedding import Embeddings
 from twinkle_dask.trainer.gradient import PassGradient
-from twinkle_dask.trainer.head import LossOfPart, score
+from twinkle_dask.trainer.head import LossOfPart, Scored, score
 from twinkle_dask.trainer.lanes import NUMBERS_FOR_LANES, Lanes
 from twinkle_dask.trainer.mixed_loss import MixedLoss, OfDatum
 from twinkle_dask.types import Float32Array
+
+_NOTHING: Float32Array = np.empty(0, np.float32)
 
 
 class Result(NamedTuple):
@@ -29,11 +33,15 @@ class Result(NamedTuple):
         logprobs: Of the shape of its targets.
         loss: Summed over them; may be infinite or NaN.
         custom: What else a custom loss said; None for other losses.
+        correct: Where the likeliest token is the target, of the shape of the targets, if asked for.
+        embedding: Of a row that is embedded, float32 (D,); the others are empty then.
     """
 
     logprobs: Float32Array
     loss: float
     custom: OfDatum | None = None
+    correct: NDArray[np.bool_] | None = None
+    embedding: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +120,7 @@ def _share(parts: Sequence[Part], rows: Sequence[tuple[int, int]]) -> list[_Some
     chosen: dict[int, list[int]] = {}
     for i, row in rows:
         chosen.setdefault(i, []).append(row)
-    return [
-        _Some(i, of_part, replace(parts[i], data=[parts[i].data[row] for row in of_part]))
-        for i, of_part in chosen.items()
-    ]
+    return [_Some(i, of_part, parts[i].only(of_part)) for i, of_part in chosen.items()]
 
 
 def _slice(
@@ -134,24 +139,30 @@ def _slice(
         else:
             hidden = base.hidden(layout.tokens, batch.plan, patches=layout.patches)
     flat_D = hidden.detach().reshape(-1, hidden.shape[-1])
-    scored = score(
-        base.head,
-        flat_D if layout.place_P is None else flat_D[layout.place_P],
-        batch.targets,
-        batch.segments,
-        batch.loss,
-        backward=backward,
-        chunk_bytes=config.chunk_bytes,
-        block_bytes=config.block_bytes,
-    )
-    if scored.grad_PD is not None:
-        grad_D = scored.grad_PD
-        if layout.place_P is not None:
-            grad_D = torch.zeros_like(flat_D).index_copy_(0, layout.place_P, grad_D)
+    embeddings = None if batch.embedded is None else Embeddings.of(flat_D, batch.embedded)
+    scored = None
+    if batch.place_P is None or len(batch.place_P):
+        scored = score(
+            base.head,
+            flat_D if batch.place_P is None else flat_D[batch.place_P],
+            batch.targets,
+            batch.segments,
+            batch.loss,
+            backward=backward,
+            chunk_bytes=config.chunk_bytes,
+            block_bytes=config.block_bytes,
+        )
+    if backward:
+        grad_D = None if scored is None else scored.grad_PD
+        if batch.place_P is not None and grad_D is not None:
+            grad_D = torch.zeros_like(flat_D).index_copy_(0, batch.place_P, grad_D)
+        if grad_D is None:
+            grad_D = torch.zeros_like(flat_D)
+        if embeddings is not None:
+            embeddings.add_gradient(grad_D)
         _backward(hidden, grad_D.view_as(hidden))
-    host = torch.stack((scored.logprobs_T, scored.values_T)).cpu().numpy()
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is for the caller to judge
-        return _per_datum(parts, host[0], host[1], _custom(scored.loss)), gradients
+        return _per_datum(parts, scored, embeddings), gradients
 
 
 def _backward(hidden: Tensor, grad: Tensor) -> None:
@@ -163,19 +174,42 @@ def _custom(loss: LossOfPart) -> Mapping[int, OfDatum]:
 
 
 def _per_datum(
-    parts: Sequence[Part],
-    logprobs_T: Float32Array,
-    values_T: Float32Array,
-    custom: Mapping[int, OfDatum],
+    parts: Sequence[Part], scored: Scored | None, embeddings: Embeddings | None
 ) -> list[list[Result]]:
     results: list[list[Result]] = []
+    rows = iter(()) if embeddings is None else iter(embeddings.on_host())
+    host = _OnHost.of(scored)
     start = 0
     for part in parts:
+        if part.loss is None:
+            results.append([Result(_NOTHING, 0.0, embedding=next(rows)) for _ in part.data])
+            continue
         results.append([])
         for datum in part.data:
-            said = custom.get(start)
+            said = host.custom.get(start)
             here = slice(start, start := start + datum.target_tokens.size)
-            logprobs = logprobs_T[here].reshape(datum.target_tokens.shape).copy()
-            loss = float(values_T[here].sum(dtype=np.float64)) if said is None else said.loss
-            results[-1].append(Result(logprobs, loss, said))
+            logprobs = host.logprobs_T[here].reshape(datum.target_tokens.shape).copy()
+            loss = float(host.values_T[here].sum(dtype=np.float64)) if said is None else said.loss
+            correct = None
+            if part.want_correct and host.correct_T is not None:
+                correct = host.correct_T[here].reshape(datum.target_tokens.shape).copy()
+            results[-1].append(Result(logprobs, loss, said, correct))
     return results
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _OnHost:
+    """What was scored, copied to the host."""
+
+    logprobs_T: Float32Array
+    values_T: Float32Array
+    correct_T: NDArray[np.bool_] | None
+    custom: Mapping[int, OfDatum]
+
+    @classmethod
+    def of(cls, scored: Scored | None) -> "_OnHost":
+        if scored is None:
+            return cls(_NOTHING, _NOTHING, None, {})
+        both = torch.stack((scored.logprobs_T, scored.values_T)).cpu().numpy()
+        correct = None if scored.correct_T is None else scored.correct_T.cpu().numpy()
+        return cls(both[0], both[1], correct, _custom(scored.loss))

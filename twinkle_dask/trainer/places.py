@@ -27,6 +27,8 @@ class Slot:
 
     Attributes:
         exists: False until the work that makes the run has been done.
+        full_bytes: Most bytes on the device while it works.
+        more_bytes: What of them is for an optimizer that remembers much.
         counted: Bytes on the device that count as its own.
         ended: Works that ended since it was admitted.
         made: The run that ``CreateRun`` will put here, made elsewhere.
@@ -37,6 +39,7 @@ class Slot:
     place: Place
     full_bytes: int
     exists: bool = True
+    more_bytes: int = 0
     counted: int = 0
     run: Run | None = None
     paged: Paged | None = None

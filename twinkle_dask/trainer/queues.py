@@ -1,8 +1,8 @@
 """Whose rows come next: order within a run, fairness between tenants. Pure; no torch, no clock.
 
-A run's work happens in the order it was added. The ``ForwardBackward`` works at the front of a run
-are *open* together, since sums do not mind their order; any other work is a barrier, which waits
-until it is alone at the front and holds back what follows.
+A run's work happens in the order it was added. The works that are made of rows (``RowsBody``) at
+the front of a run are *open* together, since sums do not mind their order; any other work is a
+barrier, which waits until it is alone at the front and holds back what follows.
 
 Between tenants the measure is tokens: the next row is the oldest one of the tenant that was served
 least. A tenant that comes back from idleness starts level with the least served one, so neither
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from twinkle_dask.trainer.work import Work
-from twinkle_dask.types import CustomLoss, ForwardBackward, RunId, TenantId
+from twinkle_dask.trainer.work import RowsBody, Work
+from twinkle_dask.types import CustomLoss, Embed, ForwardBackward, RunId, TenantId
 
 # A custom loss takes its time for each datum, however short that is.
 _LEAST_OF_CUSTOM = 64
@@ -29,16 +29,16 @@ _LEAST_OF_CUSTOM = 64
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """Rows of one open ``ForwardBackward`` in one micro-batch.
+    """Rows of one open work in one micro-batch.
 
     Attributes:
-        rows: Indices into ``body.data``, longest row first.
+        rows: Indices of the body's rows, longest row first.
         last: Whether no rows of the work are left after these.
         round: How often the work has been started anew.
     """
 
     work: Work
-    body: ForwardBackward
+    body: RowsBody
     rows: tuple[int, ...]
     last: bool
     round: int = 0
@@ -46,11 +46,11 @@ class Pick:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """An open ForwardBackward: ``rows[given:]`` are still to be handed out."""
+    """An open work made of rows: ``rows[given:]`` are still to be handed out."""
 
     age: int
     work: Work
-    body: ForwardBackward
+    body: RowsBody
     rows: list[int]
     given: int = 0
     alone: bool = False
@@ -65,10 +65,11 @@ class _Open:
         return _tokens_charged(self.body, self.rows[self.given])
 
 
-def _tokens_charged(body: ForwardBackward, row: int) -> int:
+def _tokens_charged(body: RowsBody, row: int) -> int:
     """What a row counts for, in budgets and between tenants."""
-    tokens = len(body.data[row].tokens)
-    return max(tokens, _LEAST_OF_CUSTOM) if isinstance(body.loss, CustomLoss) else tokens
+    tokens = body.length_of(row)
+    custom = isinstance(body, ForwardBackward) and isinstance(body.loss, CustomLoss)
+    return max(tokens, _LEAST_OF_CUSTOM) if custom else tokens
 
 
 @dataclass(slots=True)
@@ -115,7 +116,7 @@ class RunQueues:
         self._advance(run)
 
     def barriers(self) -> Iterator[Work]:
-        """Works other than ForwardBackward whose turn has come, oldest run first."""
+        """Works not made of rows whose turn has come, oldest run first."""
         for name, run in self._runs.items():
             if not run.open and run.waiting and name not in self._held:
                 yield run.waiting[0][1]
@@ -267,11 +268,10 @@ class RunQueues:
         while run.waiting:
             age, work = run.waiting[0]
             # An empty batch has no row to wait for: it waits as a barrier and is refused there.
-            if not isinstance(work.body, ForwardBackward) or not work.body.data:
+            if not isinstance(work.body, ForwardBackward | Embed) or not work.body.num_rows:
                 return
             run.waiting.popleft()
-            lengths = [len(datum.tokens) for datum in work.body.data]
-            rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+            rows = sorted(range(work.body.num_rows), key=work.body.length_of, reverse=True)
             run.open[work.id] = entry = _Open(age, work, work.body, rows)
             self._ready(entry)
 

@@ -123,12 +123,12 @@ class Residency:
                 it is too large.
         """
         slot, saved = self._slots.get(name), state.adapter.spec
-        if (
-            slot is not None
-            and slot.exists
-            and replace(slot.spec, seed=0) != replace(saved, seed=0)
-        ):
-            raise InvalidRequest(f"The saved adapter is {saved}, but the run's is {slot.spec}.")
+        if slot is not None and slot.exists:
+            # Dropout is how a run learns, not what its weights mean.
+            saved = replace(saved, dropout=slot.spec.dropout)
+            if replace(slot.spec, seed=0) != replace(saved, seed=0):
+                raise InvalidRequest(f"The saved adapter is {saved}, but the run's is {slot.spec}.")
+            state = replace(state, adapter=replace(state.adapter, spec=saved))
         self._check_size(saved)
         layout = self._layouts.of(state.adapter.spec)
         self._put(name, Run.of_state(self._base, layout, state, with_optimizer=with_optimizer))
@@ -147,6 +147,8 @@ class Residency:
     def work_ended(self, name: RunId, *, stepped: bool) -> None:
         """A work of a run has ended, or all of it was cancelled."""
         if (slot := self._slots.get(name)) is not None:
+            if stepped:
+                self._grow(name, slot)
             slot.ended += 1
             slot.turn_is_over |= stepped or slot.ended >= _TURN_WORKS
             self._due = self._due or (slot.turn_is_over and len(self._waiting) > 0)
@@ -304,7 +306,20 @@ class Residency:
             self._count(name, slot, slot.full_bytes, Place.ACTIVE)
         # Another work may have been to make it, and was cancelled.
         slot.spec, slot.run, slot.exists, slot.made = run.spec, run, True, None
+        self._grow(name, slot)
         self._lost.discard(name)
+
+    def _grow(self, name: RunId, slot: Slot) -> None:
+        """Count what an optimizer remembers beyond two moments, of which there is seldom more.
+
+        Never more than the limit, or the run could not come back.
+        """
+        if slot.run is not None and (more := slot.run.bytes_beyond_moments) > slot.more_bytes:
+            full = slot.full_bytes + more - slot.more_bytes
+            slot.more_bytes = more
+            slot.full_bytes = full if self._limit is None else min(full, self._limit)
+            if slot.place is Place.ACTIVE:
+                self._count(name, slot, slot.full_bytes, Place.ACTIVE)
 
     def _new_slot(self, name: RunId, spec: LoraSpec, tenant: TenantId) -> Slot:
         slot = Slot(
@@ -392,7 +407,10 @@ class Residency:
         if self._limit is None:
             return 0
         slot = self._slots.get(name)
-        needed = self._full_bytes(self._spec(name)) - (0 if slot is None else slot.counted)
+        if slot is None:
+            needed = self._full_bytes(self._spec(name))
+        else:
+            needed = slot.full_bytes - slot.counted
         return self._counted + needed - self._limit
 
     def _spec(self, name: RunId) -> LoraSpec:

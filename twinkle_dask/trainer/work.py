@@ -6,8 +6,12 @@ from typing import TypeAlias
 
 from twinkle_dask.errors import TwinkleDaskError
 from twinkle_dask.types import (
+    Embed,
+    EmbedResult,
     ForwardBackward,
     ForwardBackwardResult,
+    GradientStep,
+    GradientStepResult,
     LoraSpec,
     OptimStep,
     RunId,
@@ -46,7 +50,10 @@ class ExportState:
     optimizer: bool
 
 
-WorkBody: TypeAlias = ForwardBackward | OptimStep | CreateRun | LoadState | ExportState
+RowsBody: TypeAlias = ForwardBackward | Embed
+"""What is made of rows, which share passes with those of others."""
+
+WorkBody: TypeAlias = RowsBody | OptimStep | GradientStep | CreateRun | LoadState | ExportState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +76,15 @@ class Work:
         return not isinstance(self.body, LoadState) or self.body.state.done()
 
 
-Outcome: TypeAlias = ForwardBackwardResult | StepResult | RunState | TwinkleDaskError | None
+Outcome: TypeAlias = (
+    ForwardBackwardResult
+    | EmbedResult
+    | StepResult
+    | GradientStepResult
+    | RunState
+    | TwinkleDaskError
+    | None
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

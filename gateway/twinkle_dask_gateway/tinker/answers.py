@@ -9,9 +9,9 @@ from twinkle_dask.errors import RequestError
 from twinkle_dask.operations.values import Done, Failed, Result, Ticket, Waiting
 from twinkle_dask.types import ForwardBackwardResult, SampleResult
 from twinkle_dask_gateway.config import GatewayConfig
+from twinkle_dask_gateway.faults import message_of
+from twinkle_dask_gateway.reading import PROTOBUF, aside
 from twinkle_dask_gateway.tinker import codec, codec_json, codec_proto, codec_sampling
-from twinkle_dask_gateway.tinker.errors import message_of
-from twinkle_dask_gateway.tinker.reading import PROTOBUF, aside
 
 
 def json_answer(body: dict[str, Any], status: int = 200) -> Response:

@@ -22,7 +22,7 @@ from twinkle_dask.operations.values import (
     Unloaded,
 )
 from twinkle_dask.store.records import CheckpointKind
-from twinkle_dask.types import StepResult
+from twinkle_dask.types import EmbedResult, GradientStepResult, StepResult
 from twinkle_dask_gateway.tinker import replies, wire
 from twinkle_dask_gateway.tinker.addresses import format_address
 
@@ -47,7 +47,9 @@ def lora_of(config: wire.LoraConfig) -> LoraRequest:
 def small_result(
     result: RunCreated
     | CustomLossCreated
+    | EmbedResult
     | StepResult
+    | GradientStepResult
     | Saved
     | SamplerSaved
     | Exported
@@ -60,10 +62,15 @@ def small_result(
             return {"model_id": result.run, "type": "create_model"}
         case CustomLossCreated():
             return {"loss_id": result.loss, "type": "create_custom_loss"}
+        case EmbedResult():
+            return {"embeddings": result.embeddings.tolist(), "type": "embed"}
         case StepResult():
             # JSON has no NaN or infinity (orjson writes null), and clients want numbers here.
             finite = {k: v for k, v in result.metrics.items() if abs(v) < float("inf")}
             return {"metrics": finite, "type": "optim_step"}
+        case GradientStepResult():
+            told = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+            return {"metrics": {k: v for k, v in told.items() if v is not None}, "type": "step"}
         case Saved():
             return {"path": format_address(result.address), "type": "save_weights"}
         case SamplerSaved():

@@ -6,7 +6,7 @@ a 400 without Content-Length for a proxy's glitch, so bodies are whole and uncom
 """
 
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import orjson
@@ -18,6 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from twinkle_dask import errors
+from twinkle_dask_gateway.faults import (
+    CLIENT_LEFT,
+    check_address,
+    describe,
+    message_of,
+    unexpected,
+)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -25,6 +32,7 @@ STATUS: Mapping[type[errors.TwinkleDaskError], int] = {
     errors.InvalidRequest: 400,
     errors.NotSupported: 400,
     errors.OutOfOrder: 400,
+    errors.Conflict: 400,  # 409 would be repeated
     errors.SessionEnded: 400,  # 410 only on the heartbeat, whose loop it ends
     errors.NotAuthenticated: 401,
     errors.TokenRejected: 401,
@@ -37,8 +45,6 @@ STATUS: Mapping[type[errors.TwinkleDaskError], int] = {
     errors.StorageFailed: 500,
     errors.CannotSample: 500,  # of a start, like every StartupError: no request raises it
 }
-# No such status exists; nobody is left to read it, but the access log is.
-CLIENT_LEFT = 499
 
 
 class TinkerRoute(APIRoute):
@@ -50,7 +56,7 @@ class TinkerRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                _check_address(request)
+                check_address(request)
                 return await handle(request)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_LEFT)
@@ -63,15 +69,9 @@ class TinkerRoute(APIRoute):
             except Exception:
                 incident = errors.new_incident()
                 log.exception("unexpected", incident=incident)
-                return _detail(500, _our_fault("Something went wrong on our side", incident))
+                return _detail(500, unexpected(incident))
 
         return answer
-
-
-def _check_address(request: Request) -> None:
-    """Refuse what no database takes as text, wherever in an address it is."""
-    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
-        raise errors.InvalidRequest("An address must not hold the character U+0000.")
 
 
 def error_response(error: errors.TwinkleDaskError, status: int | None = None) -> Response:
@@ -89,32 +89,6 @@ def error_response(error: errors.TwinkleDaskError, status: int | None = None) ->
     if isinstance(error, errors.CapacityError):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     return _detail(status, message_of(error), headers)
-
-
-def message_of(error: errors.TwinkleDaskError) -> str:
-    """The tenant's words for a failure; one of ours carries the id under which it is logged."""
-    if not isinstance(error, errors.ServiceFault):
-        return error.message
-    if not error.incident:
-        # Kept on the error: a failed result is polled for more than once.
-        error.incident = errors.new_incident()
-        log.error("fault without incident", incident=error.incident, exc_info=error)
-    return _our_fault(error.message.rstrip("."), error.incident)
-
-
-def describe(problems: Sequence[Any]) -> str:
-    """Pydantic's findings as one short sentence, without what the client had sent."""
-    found: list[str] = []
-    for problem in problems[:3]:
-        where = ".".join(str(step)[:60] for step in problem["loc"])
-        what = str(problem["msg"]).removeprefix("Value error, ")[:300]
-        found.append(f"{where}: {what}" if where else what)
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    return "; ".join(found) + more
-
-
-def _our_fault(message: str, incident: str) -> str:
-    return f"{message}. If it stays so, tell the operator the incident {incident}."
 
 
 def _detail(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -3,6 +3,7 @@
 from fastapi import Depends, FastAPI
 
 from twinkle_dask_gateway.auth import authenticated
+from twinkle_dask_gateway.openapi import ANY, CLOSED
 from twinkle_dask_gateway.tinker import (
     routes_accounts,
     routes_checkpoints,
@@ -17,7 +18,6 @@ from twinkle_dask_gateway.tinker import (
     routes_training,
     routes_weights,
 )
-from twinkle_dask_gateway.tinker.openapi import ANY, CLOSED
 
 # Matched in turn: the busiest first.
 _CLOSED = (

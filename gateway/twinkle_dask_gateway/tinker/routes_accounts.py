@@ -7,9 +7,9 @@ from fastapi import APIRouter, Query, Request
 
 from twinkle_dask_gateway.auth import CredentialsDep, TenantDep
 from twinkle_dask_gateway.deps import ServiceDep
+from twinkle_dask_gateway.openapi import takes
 from twinkle_dask_gateway.tinker import codec_accounts, replies
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import takes
 
 routes = APIRouter(route_class=TinkerRoute)
 

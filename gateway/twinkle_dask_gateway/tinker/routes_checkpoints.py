@@ -8,14 +8,14 @@ from fastapi import APIRouter, Header, Request, Response
 from twinkle_dask.types import RunId, SessionId
 from twinkle_dask_gateway.auth import CredentialsDep, TenantDep
 from twinkle_dask_gateway.deps import ServiceDep, SignerDep
+from twinkle_dask_gateway.openapi import takes
+from twinkle_dask_gateway.reading import read
 from twinkle_dask_gateway.signing import Signed, Signer, base_of
 from twinkle_dask_gateway.tinker import codec, replies, wire
 from twinkle_dask_gateway.tinker.addresses import address_of, format_address, parse_address
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import takes
 from twinkle_dask_gateway.tinker.paging import Limit, Offset
 from twinkle_dask_gateway.tinker.readers import reader_of
-from twinkle_dask_gateway.tinker.reading import read
 from twinkle_dask_gateway.tinker.routes_downloads import DOWNLOADS
 from twinkle_dask_gateway.tinker.sdk_versions import KnowsExports
 

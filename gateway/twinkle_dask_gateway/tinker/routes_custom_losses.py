@@ -6,11 +6,11 @@ from twinkle_dask.custom_losses import Node
 from twinkle_dask.types import SessionId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.deps import ServiceDep
+from twinkle_dask_gateway.openapi import gives, takes
+from twinkle_dask_gateway.reading import read
 from twinkle_dask_gateway.tinker import replies, wire
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import gives, takes
-from twinkle_dask_gateway.tinker.reading import read
 
 routes = APIRouter(route_class=TinkerRoute)
 

@@ -7,11 +7,11 @@ from twinkle_dask.operations.values import Done, Failed, QueueState, Waiting
 from twinkle_dask.types import SamplerId, TicketId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.deps import ConfigDep, PollsDep, ServiceDep
+from twinkle_dask_gateway.openapi import gives, takes
 from twinkle_dask_gateway.polls import spread
+from twinkle_dask_gateway.reading import read
 from twinkle_dask_gateway.tinker import answers, codec, replies, wire
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import gives, takes
-from twinkle_dask_gateway.tinker.reading import read
 
 routes = APIRouter(route_class=TinkerRoute)
 

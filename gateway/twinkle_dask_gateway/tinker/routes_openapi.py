@@ -6,8 +6,8 @@ from typing import cast
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 
+from twinkle_dask_gateway.openapi import Answers, document
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import Answers, document
 
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}
 _ANSWERS: Answers = {200: {"description": "OpenAPI 3.1.", "content": _OBJECT}}

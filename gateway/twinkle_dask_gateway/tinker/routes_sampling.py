@@ -5,12 +5,12 @@ from fastapi import APIRouter, Request, Response
 from twinkle_dask.types import SamplerId, SessionId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
+from twinkle_dask_gateway.openapi import gives, takes
+from twinkle_dask_gateway.reading import aside, read, size_of
 from twinkle_dask_gateway.tinker import codec, codec_sampling, replies, wire
 from twinkle_dask_gateway.tinker.addresses import parse_address
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import gives, takes
-from twinkle_dask_gateway.tinker.reading import aside, read, size_of
 
 routes = APIRouter(route_class=TinkerRoute)
 

@@ -6,11 +6,11 @@ from twinkle_dask.errors import SessionEnded
 from twinkle_dask.types import SessionId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
+from twinkle_dask_gateway.openapi import gives, takes
+from twinkle_dask_gateway.reading import read
 from twinkle_dask_gateway.tinker import replies, wire
 from twinkle_dask_gateway.tinker.answers import json_answer
 from twinkle_dask_gateway.tinker.errors import TinkerRoute, error_response
-from twinkle_dask_gateway.tinker.openapi import gives, takes
-from twinkle_dask_gateway.tinker.reading import read
 
 open_routes = APIRouter(route_class=TinkerRoute)
 routes = APIRouter(route_class=TinkerRoute)

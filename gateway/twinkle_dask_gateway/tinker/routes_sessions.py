@@ -7,12 +7,12 @@ from fastapi import APIRouter, Request, Response
 from twinkle_dask.types import SessionId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.deps import ServiceDep, SignerDep
+from twinkle_dask_gateway.openapi import takes
+from twinkle_dask_gateway.reading import read
 from twinkle_dask_gateway.signing import base_of
 from twinkle_dask_gateway.tinker import codec, codec_sessions, replies, wire
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import takes
 from twinkle_dask_gateway.tinker.paging import AccessScope, Limit, Offset
-from twinkle_dask_gateway.tinker.reading import read
 
 open_routes = APIRouter(route_class=TinkerRoute)
 routes = APIRouter(route_class=TinkerRoute)

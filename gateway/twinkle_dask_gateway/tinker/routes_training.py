@@ -11,6 +11,16 @@ from twinkle_dask.types import CustomLoss, ForwardBackward, RunId, SessionId
 from twinkle_dask_gateway.auth import TenantDep
 from twinkle_dask_gateway.config import GatewayConfig
 from twinkle_dask_gateway.deps import ConfigDep, ServiceDep
+from twinkle_dask_gateway.openapi import gives, takes
+from twinkle_dask_gateway.reading import (
+    aside,
+    check,
+    is_protobuf,
+    let_go,
+    read,
+    read_bytes,
+    read_object,
+)
 from twinkle_dask_gateway.tinker import (
     codec,
     codec_json,
@@ -22,16 +32,6 @@ from twinkle_dask_gateway.tinker import (
 )
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import gives, takes
-from twinkle_dask_gateway.tinker.reading import (
-    aside,
-    check,
-    is_protobuf,
-    let_go,
-    read,
-    read_bytes,
-    read_object,
-)
 from twinkle_dask_gateway.tinker.submitting import submitting
 from twinkle_dask_gateway.tinker.tensors import Growth
 

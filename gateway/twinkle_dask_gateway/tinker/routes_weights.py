@@ -6,13 +6,13 @@ from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.types import RunId, SessionId
 from twinkle_dask_gateway.auth import CredentialsDep, TenantDep
 from twinkle_dask_gateway.deps import ServiceDep
+from twinkle_dask_gateway.openapi import gives, takes
+from twinkle_dask_gateway.reading import check, read, read_object
 from twinkle_dask_gateway.tinker import codec, replies, wire
 from twinkle_dask_gateway.tinker.addresses import parse_address
 from twinkle_dask_gateway.tinker.answers import promise
 from twinkle_dask_gateway.tinker.errors import TinkerRoute
-from twinkle_dask_gateway.tinker.openapi import gives, takes
 from twinkle_dask_gateway.tinker.readers import reader_of
-from twinkle_dask_gateway.tinker.reading import check, read, read_object
 from twinkle_dask_gateway.tinker.submitting import submitting
 
 routes = APIRouter(route_class=TinkerRoute)

@@ -2,17 +2,15 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from twinkle_dask_gateway.openapi import Failure
+
+__all__ = ["Cursor", "Empty", "Failure", "Reply", "Status"]
+
 
 class Reply(BaseModel):
     """An answer; clients ignore fields they do not know."""
 
     model_config = ConfigDict(protected_namespaces=())
-
-
-class Failure(Reply):
-    """Every answer with status 4xx or 5xx."""
-
-    detail: str
 
 
 class Status(Reply):

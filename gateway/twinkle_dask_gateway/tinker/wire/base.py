@@ -22,7 +22,9 @@ MAX_ID_LENGTH = 256
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
 # What the document says of these is held by ``addresses`` and ``operations.validation``.
-Address = Annotated[str, Field(json_schema_extra={"pattern": "^tinker://[^/]+/[a-z_]+/[^/]+$"})]
+Address = Annotated[
+    str, Field(json_schema_extra={"pattern": "^(tinker|twinkle)://[^/]+/[a-z_]+/[^/]+$"})
+]
 CheckpointName = Annotated[
     str, Field(json_schema_extra={"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$", "maxLength": 128})
 ]

@@ -9,9 +9,7 @@ from typing import Any, TypeAlias, Union, cast
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-
-from twinkle_dask_gateway.tinker import replies
+from pydantic import BaseModel, ConfigDict
 
 Schema: TypeAlias = dict[str, Any]
 Answers: TypeAlias = dict[int | str, dict[str, Any]]
@@ -20,6 +18,7 @@ _JSON = "application/json"
 _PROTOBUF = "application/x-protobuf"
 _SCHEMAS = "#/components/schemas/"
 _KEY = "api_key"
+_BEARER = "bearer"
 _DESCRIPTION = """\
 The Tinker protocol. Long operations answer with a `request_id`, whose result is asked for with
 `retrieve_future`. Every failure is `{"detail": "..."}`. Protobuf messages are of `tinker.proto`.
@@ -27,8 +26,16 @@ An unknown field of a request is refused unless it asks for nothing (null, false
 """
 
 
+class Failure(BaseModel):
+    """Every answer with status 4xx or 5xx."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    detail: str
+
+
 def _failure(description: str) -> dict[str, Any]:
-    return {"description": description, "model": replies.Failure}
+    return {"description": description, "model": Failure}
 
 
 # What any route may answer.
@@ -63,7 +70,7 @@ def takes(
     content[_JSON] = {"schema": _any_of(schemas)}
     too_large = {
         "description": "The body is too large.",
-        "content": {_JSON: {"schema": {"$ref": f"{_SCHEMAS}{replies.Failure.__name__}"}}},
+        "content": {_JSON: {"schema": {"$ref": f"{_SCHEMAS}{Failure.__name__}"}}},
     }
     return {
         "parameters": [_ENCODING],
@@ -115,9 +122,14 @@ def document(app: FastAPI) -> Schema:
             "in": "header",
             "name": "x-api-key",
             "description": "An API key, or a token that was made from one.",
-        }
+        },
+        _BEARER: {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "The same, as clients of Twinkle send it.",
+        },
     }
-    whole["security"] = [{_KEY: []}]
+    whole["security"] = [{_KEY: []}, {_BEARER: []}]
     return whole
 
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask_gateway.config import GatewayConfig
-from twinkle_dask_gateway.tinker.errors import describe
-from twinkle_dask_gateway.tinker.pieces import load
+from twinkle_dask_gateway.faults import describe
+from twinkle_dask_gateway.pieces import load
 
 PROTOBUF = "application/x-protobuf"
 

@@ -1,0 +1,1 @@
+"""Bodies of requests, by subject. Names of classes are unlike those of every other face."""

@@ -1,8 +1,0 @@
-"""Limits and lifetimes."""
-
-revision = "0009"
-down_revision = "0008"
-
-
-def upgrade() -> None:
-    """Nothing yet."""
