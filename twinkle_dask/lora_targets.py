@@ -15,7 +15,7 @@ from twinkle_dask.errors import InvalidRequest
 MAX_NAMES: Final = 4096
 MAX_NAME_LENGTH: Final = 200
 MAX_PATTERN_LENGTH: Final = 500
-_MAX_STEPS: Final = 2000
+_MAX_STEPS: Final = 500  # for 450 paths a second at most
 _MAX_WRITES: Final = 10 * _MAX_STEPS
 _MAX_DEPTH: Final = 20
 

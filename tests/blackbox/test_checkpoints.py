@@ -69,7 +69,7 @@ def test_sampler_weights_have_no_optimizer_to_resume(
     client: tinker.ServiceClient, run: tinker.TrainingClient, service: LocalService
 ) -> None:
     path = run.save_weights_for_sampler("s").result().path
-    with pytest.raises(tinker.BadRequestError, match="without an optimizer"):
+    with pytest.raises(tinker.BadRequestError, match="without its optimizer"):
         client.create_training_client_from_state_with_optimizer(path).result()
     resumed = client.create_training_client_from_state(path).result()
     assert identical(weights_of(service, resumed, "x"), weights_of(service, run, "x"))

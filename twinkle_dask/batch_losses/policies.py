@@ -7,6 +7,7 @@ is worth and in how tokens are averaged. Where ``beta`` is above 0 each token ad
 KL(policy || reference), http://joschu.net/blog/kl-approx.html.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -229,6 +230,7 @@ def _scales_cispo(batch: LabelledBatch, arguments: Json) -> Float64Array:
     given = arguments.get("num_items_in_batch")
     if given is None:
         return np.full(batch.num_targets, 1.0 / max(1, batch.num_targets))
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < np.inf:
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number or not 0 < given <= sys.float_info.max:
         raise InvalidRequest("'num_items_in_batch' must be a number above 0.")
     return np.full(batch.num_targets, 1.0 / given)

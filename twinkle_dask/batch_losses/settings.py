@@ -1,15 +1,19 @@
 """What a setting may be: checks that say in words what they want, and defaults."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.types import Json
 
 Check = Callable[[Any], str | None]
 """Says what a value should be, or None if it is fine."""
+
+_LARGEST: Final = sys.float_info.max
+_LARGEST_WHOLE: Final = 2**53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,8 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
         if isinstance(value, bool) or not isinstance(value, int | float):
             return wanted
         inside = low < value if above else low <= value
-        return None if inside and value <= high and math.isfinite(value) else wanted
+        # Whole numbers have no bound of their own, and some are no floats.
+        return None if inside and value <= high and abs(value) <= _LARGEST else wanted
 
     return check
 
@@ -45,7 +50,8 @@ def whole(low: int | None = None) -> Check:
 
     def check(value: Any) -> str | None:
         is_whole = isinstance(value, int) and not isinstance(value, bool)
-        return None if is_whole and (low is None or value >= low) else wanted
+        inside = is_whole and abs(value) <= _LARGEST_WHOLE and (low is None or value >= low)
+        return None if inside else wanted
 
     return check
 

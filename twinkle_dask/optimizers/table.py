@@ -93,7 +93,7 @@ _ENTRIES: Final[Mapping[str, Mapping[str, Setting]]] = {
     "ASGD": {
         **_LR,
         "lambd": Number(1e-4),
-        "alpha": Number(0.75),
+        "alpha": Number(0.75, 0.0, 5.0),  # torch raises to it, and larger ones overflow
         "t0": Number(1e6),
         **_DECAY,
         **_MAXIMIZE,

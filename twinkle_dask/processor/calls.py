@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 import orjson
 
-from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.errors import InvalidRequest, QuotaExceeded
 from twinkle_dask.processor import editing, rewards
 from twinkle_dask.processor import functions as f
 from twinkle_dask.processor.calling import AnyState, Call
@@ -31,10 +31,12 @@ from twinkle_dask.processor.states import (
     read_state,
 )
 from twinkle_dask.processor.streams import Streams
-from twinkle_dask.processor.tables import Area, OpenTables, quiet
+from twinkle_dask.processor.tables import Area, OpenTables, quiet, work_folder
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.types import Json
 
+#: A state travels with each call and lies in the database, beside the quota for files.
+MAX_STATE: Final = 4 * 2**20
 _TABLES: Final = OpenTables()
 _STREAMS: Final = Streams()
 
@@ -48,7 +50,7 @@ def run(value: Mapping[str, Any]) -> Json:
         names of saved data that were ``used``.
     """
     quiet()
-    with tempfile.TemporaryDirectory(prefix="twinkle-dask-call-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="twinkle-dask-call-", dir=work_folder()) as scratch:
         area = Area(
             blobs=BlobStore(value["blobs_url"]),
             opened=_TABLES,
@@ -102,11 +104,18 @@ def _done(call: Call, given: AnyState | None, value: Mapping[str, Any]) -> Json:
     now: dict[str, AnyState] = {key: call.others[key] for key in call.changed}
     if call.state is not given:
         now[call.processor] = call.state
+    texts = {key: state.model_dump_json() for key, state in now.items()}
+    if max(map(len, texts.values()), default=0) > MAX_STATE:
+        raise QuotaExceeded(
+            f"What describes this processor (its arguments, parts and steps) would have more than "
+            f"{MAX_STATE} characters. Make another one.",
+            30.0,
+        )
     kept = {table.path for state in now.values() for table in _tables(state)}
     old = {table.path for key in now for table in _tables(before[key])}
     return {
         "result": answered,
-        "states": {key: state.model_dump_json() for key, state in now.items()},
+        "states": texts,
         "sizes": {key: sum(t.num_bytes for t in _tables(s)) for key, s in now.items()},
         "dropped": sorted(old - kept),
         "over": call.over,

@@ -17,6 +17,8 @@ PADDING: Final[Mapping[str, float]] = {
     "loss_scale": 0.0,
     "mm_token_type_ids": 0,
 }
+#: Numbers of a padded batch: a short request can ask for very many.
+MAX_CELLS: Final = 2**25
 _IMAGES: Final = frozenset({"pixel_values", "pixel_values_videos", "images", "videos"})
 
 
@@ -51,6 +53,11 @@ def collated(
             if key != "attention_mask"
         }
     longest = max(len(tokens) for tokens in columns["input_ids"])
+    if (cells := longest * len(rows) * len(keys)) > MAX_CELLS:
+        raise InvalidRequest(
+            f"{len(rows)} inputs padded to {longest} tokens make {cells} numbers; {MAX_CELLS} is "
+            "the most. Send inputs of similar length together, or use padding_free."
+        )
     return {
         key: [_padded(tokens, longest, PADDING[key], padding_side) for tokens in values]
         for key, values in columns.items()

@@ -243,10 +243,17 @@ def mapped(rows: HfRows, area: Area, batch: Callable[[Json], Json], removed: lis
 
     Raises:
         InvalidRequest: The new columns have no common type.
+        QuotaExceeded: They take more than may be written.
     """
+    before = area.made_on_the_way()
+
+    def bounded(columns_of_rows: Json) -> Json:
+        area.check(area.made_on_the_way() - before)
+        return batch(columns_of_rows)
+
     try:
         return rows.map(
-            batch,
+            bounded,
             batched=True,
             remove_columns=removed,
             cache_file_name=str(area.temporary()),

@@ -25,6 +25,7 @@ _FORMATS: Final[dict[str, Literal["jsonl", "csv", "parquet"]]] = {
 _SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 _NAME: Final = re.compile(rf"{_SEGMENT}(/{_SEGMENT}){{0,4}}")
 _MAX_SPANS: Final = 65536
+_LOOK_EVERY: Final = 100
 
 
 def checked_name(path: str) -> str:
@@ -50,6 +51,7 @@ def format_of(path: str, given: str | None) -> Literal["jsonl", "csv", "parquet"
 def write(rows: Iterable[Json], kind: str, area: Area) -> Path:
     """Write rows to a file of this call. A value of a CSV cell that is no scalar is JSON."""
     file = area.temporary()
+    rows = _bounded(rows, file, area)
     match kind:
         case "csv":
             _write_csv(rows, file)
@@ -59,6 +61,14 @@ def write(rows: Iterable[Json], kind: str, area: Area) -> Path:
             with file.open("wb") as out:
                 out.writelines(orjson.dumps(row) + b"\n" for row in rows)
     return file
+
+
+def _bounded(rows: Iterable[Json], file: Path, area: Area) -> Iterator[Json]:
+    """The rows, for as long as the file that is made of them stays within what may be written."""
+    for number, row in enumerate(rows):
+        if number % _LOOK_EVERY == 0 and file.exists():
+            area.check(file.stat().st_size)
+        yield row
 
 
 def reading(state: DatasetState, numbers: Iterable[int]) -> DatasetState:

@@ -236,19 +236,37 @@ def _unreadable(source: Source, kind: str, error: BaseException, files: Sequence
     return f"{source.label} cannot be read as {kind}: {told[:300]}"
 
 
+def _refuse_other_places(source: Source, data_files: Mapping[str, Sequence[str]] | None) -> None:
+    """Only files of the data set itself.
+
+    The library takes an id for a folder of the server's working directory or for a format of its
+    own too, and a data set of the hub may name any path or address as its file.
+
+    Raises:
+        NotSupported: It names another place, or none.
+    """
+    files = [str(file) for of_split in (data_files or {}).values() for file in of_split]
+    own = f"hf://datasets/{source.dataset_id}@".lower()
+    if not files or not all(file.lower().startswith(own) and "::" not in file for file in files):
+        raise NotSupported(
+            f"{source.dataset_id[:200]!r} is not read here: it is no data set of the hub that "
+            "consists of files of its own."
+        )
+
+
 def _from_hub(source: Source, doors: Doors, *, streaming: bool, cache: Path) -> HfRows:
     if not doors.allow_hub:
         raise NotSupported("Data sets of a hub are not loaded here.")
     subset = None if source.subset_name == "default" else source.subset_name
     try:
-        return hf.load_dataset(
-            source.dataset_id,
-            subset,
-            split=source.split,
-            revision=source.revision,
-            streaming=streaming,
-            cache_dir=str(cache),
+        builder = hf.load_dataset_builder(
+            source.dataset_id, subset, revision=source.revision, cache_dir=str(cache)
         )
+        _refuse_other_places(source, builder.config.data_files)
+        if streaming:
+            return builder.as_streaming_dataset(split=source.split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=source.split)
     except (hf.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
         raise NotFound(f"The hub has no data set {source.dataset_id[:200]!r}.") from error
     except (hf.exceptions.DatasetGenerationError, ValueError, OSError) as error:

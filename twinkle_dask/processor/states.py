@@ -18,20 +18,24 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: A row's number; wider ones do not fit the arrays that rows are picked with.
+RowNumber: TypeAlias = Annotated[int, Field(ge=-(2**61), le=2**61)]
+
+
 class RangeSlice(Frozen):
     """Rows by ``range(start, stop, step)``."""
 
     kind: Literal["range"] = "range"
-    start: int
-    stop: int
-    step: int
+    start: RowNumber
+    stop: RowNumber
+    step: RowNumber
 
 
 class ListSlice(Frozen):
     """Rows by their numbers, in this order."""
 
     kind: Literal["list"] = "list"
-    values: tuple[int, ...]
+    values: tuple[RowNumber, ...]
 
 
 Slice: TypeAlias = Annotated[RangeSlice | ListSlice, Field(discriminator="kind")]

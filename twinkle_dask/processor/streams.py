@@ -22,7 +22,7 @@ from twinkle_dask.processor.plain import plain
 from twinkle_dask.processor.rows import Encode, applied, encoded_row
 from twinkle_dask.processor.sources import Doors, stream
 from twinkle_dask.processor.states import DatasetState, Part
-from twinkle_dask.processor.tables import Area
+from twinkle_dask.processor.tables import Area, work_folder
 from twinkle_dask.types import Json
 
 #: What tells one iteration from all others: the processor, its iteration, the version of the rows.
@@ -58,11 +58,11 @@ class Streams:
         with self._lock:
             live = self._live.pop(iteration, None)
         if live is None or live.position != position:
-            folder = tempfile.mkdtemp(prefix="twinkle-dask-stream-")
-            rows = opened(state, area, doors, encode, Path(folder))
-            live = _Live(rows, position)
+            folder = tempfile.mkdtemp(prefix="twinkle-dask-stream-", dir=work_folder())
+            live = _Live(iter(()), position)
             weakref.finalize(live, shutil.rmtree, folder, ignore_errors=True)
-            if len(list(itertools.islice(rows, position))) < position:
+            live.rows = opened(state, area, doors, encode, Path(folder))
+            if sum(1 for _ in itertools.islice(live.rows, position)) < position:
                 return []
         made = list(itertools.islice(live.rows, number))
         live.position += len(made)

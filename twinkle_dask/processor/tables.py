@@ -2,16 +2,16 @@
 
 import mmap
 import os
-import shutil
 import tempfile
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
+
+from distributed import get_worker
 
 from twinkle_dask.errors import QuotaExceeded
 from twinkle_dask.processor.library import Rows, hf, pa
@@ -34,8 +34,6 @@ class OpenTables:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, Rows] = OrderedDict()
-        # Copies of tables that lie in an object store; kept for as long as this process lives.
-        self._copies: Path | None = None
 
     def open(self, blobs: BlobStore, path: str) -> Rows:
         """A table's rows, in a file that is mapped and not read."""
@@ -44,27 +42,32 @@ class OpenTables:
             if (table := self._open.get(key)) is not None:
                 self._open.move_to_end(key)
                 return table
-        table = hf.Dataset.from_file(str(self._local(blobs, path)))
+        if "://" in blobs.url:
+            table = _opened_copy(blobs, path)
+        else:
+            blobs.size(path)  # checks the name, and that it is there
+            table = hf.Dataset.from_file(str(Path(blobs.url, path)))
         with self._lock:
+            # What was removed takes its place on the disk for as long as it is open here.
+            for old in [old for old in self._open if _is_removed(old)]:
+                del self._open[old]
             self._open[key] = table
             while len(self._open) > _MAX_OPEN:
                 self._open.popitem(last=False)
         return table
 
-    def _local(self, blobs: BlobStore, path: str) -> Path:
-        if "://" not in blobs.url:
-            blobs.size(path)  # checks the name, and that it is there
-            return Path(blobs.url, path)
-        with self._lock:
-            if self._copies is None:
-                self._copies = Path(tempfile.mkdtemp(prefix="twinkle-dask-tables-"))
-                weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
-            copy = self._copies / path.replace("/", "_")
-        if not copy.exists():
-            partial = copy.with_suffix(f".{threading.get_ident()}")
-            partial.write_bytes(blobs.get(path))
-            partial.rename(copy)
-        return copy
+
+def _opened_copy(blobs: BlobStore, path: str) -> Rows:
+    """A table out of an object store; its file goes with the last who has it open."""
+    with tempfile.TemporaryDirectory(prefix="twinkle-dask-table-", dir=work_folder()) as folder:
+        copy = Path(folder, "table.arrow")
+        copy.write_bytes(blobs.get(path))
+        return hf.Dataset.from_file(str(copy))
+
+
+def _is_removed(key: str) -> bool:
+    url, _, path = key.partition("|")
+    return "://" not in url and not Path(url, path).exists()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,7 +108,7 @@ class Area:
             arrow = rows.with_format("arrow")
             for batch in arrow.iter(batch_size=BATCH_ROWS):
                 writer.write_table(batch.cast(schema))
-                self._check(file.stat().st_size)
+                self.check(file.stat().st_size)
         return self._keep(file, len(rows))
 
     def write_rows(self, rows: Iterable[Json], features: Any = None) -> Table:
@@ -119,11 +122,20 @@ class Area:
             return hf.Dataset.from_list(made, features=features)
         return hf.Dataset.from_list(made, on_mixed_types="use_json")
 
+    def made_on_the_way(self) -> int:
+        """Bytes of the scratch folder's files."""
+        return sum(file.stat().st_size for file in self.scratch.iterdir() if file.is_file())
+
     def temporary(self) -> Path:
         """A new name in the scratch folder."""
         return self.scratch / f"temporary-{next(self._names)}.arrow"
 
-    def _check(self, num_bytes: int) -> None:
+    def check(self, num_bytes: int) -> None:
+        """Whether so many bytes more may be written.
+
+        Raises:
+            QuotaExceeded: They are more than what is left.
+        """
         if self._written + num_bytes > self.allowance:
             raise QuotaExceeded(
                 f"The rows take more than the {self.allowance} bytes that are left of your quota "
@@ -144,7 +156,7 @@ class Area:
             QuotaExceeded: It is larger than what is left.
         """
         num_bytes = file.stat().st_size
-        self._check(num_bytes)
+        self.check(num_bytes)
         with file.open("rb") as opened, mapped(opened.fileno(), num_bytes) as data:
             self.blobs.put(path, data)
         self.paths.append(path)
@@ -169,6 +181,17 @@ def mapped(descriptor: int, num_bytes: int) -> Generator[memoryview]:
 def row_of(rows: Rows, index: int) -> Json:
     """One row, JSON-clean."""
     return cast(Json, plain(rows[index]))
+
+
+def work_folder() -> str | None:
+    """Where temporary folders go: on a Dask worker into its own, which its successor clears.
+
+    A worker that is ended in the middle of a call removes nothing itself.
+    """
+    try:
+        return str(get_worker().local_directory)
+    except ValueError:  # not on a worker
+        return None
 
 
 def quiet() -> None:

@@ -14,6 +14,7 @@ CLOSED: Answers = {
     403: _failure("The key does not permit this."),
     404: _failure("There is no such thing, or it is another tenant's."),
     409: _failure("It does not go together with what is there, or the session is over."),
+    422: {"description": "The body is not of the form that it must have."},
     429: _failure("Too much at once; send it again after `Retry-After` seconds."),
     500: _failure("A failure of the service, with the incident's id for its operator."),
     503: _failure("The service is full; send it again after `Retry-After` seconds."),
