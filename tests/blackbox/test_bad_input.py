@@ -550,7 +550,7 @@ def test_a_missing_key_is_refused(service: LocalService, run: tinker.TrainingCli
             assert KEY not in answer.text
         # Twinkle's clients show their key so; a wrong one is refused in either place.
         bearer = client.post("create_session", headers={"authorization": f"Bearer {KEY}x"}, json={})
-        refused(bearer, 401, "API key")
+        refused(bearer, 401, "API key", "not known")
 
 
 # ---- bodies
