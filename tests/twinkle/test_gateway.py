@@ -1,6 +1,9 @@
 """Sessions, health, capacity and who may ask (acceptance checks 1 to 15)."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -42,22 +45,24 @@ def test_02_the_address_may_end_as_it_likes(service: LocalService, end: str) -> 
         assert client.health_check()
 
 
-def test_03_address_and_key_from_the_environment(
-    service: LocalService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import twinkle_client.http.utils as state
-
-    monkeypatch.setenv("TWINKLE_SERVER_URL", service.url)
-    monkeypatch.setenv("TWINKLE_SERVER_TOKEN", KEY)
-    for name in vars(state):
-        if name.endswith("_context") and hasattr(getattr(state, name), "set"):
-            getattr(state, name).set(None)
-    client = TwinkleClient()
-    try:
-        assert client.health_check()
-        assert client.get_server_capabilities().supported_models[0].model_name == MODEL
-    finally:
-        client.close()
+def test_03_address_and_key_from_the_environment(service: LocalService) -> None:
+    """In a process of its own, since the client reads them when it is imported."""
+    script = (
+        "from twinkle_client.manager import TwinkleClient\n"
+        "client = TwinkleClient()\n"
+        "assert client.health_check()\n"
+        "print(client.get_server_capabilities().supported_models[0].model_name)\n"
+        "client.close()\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"TWINKLE_SERVER_URL": service.url, "TWINKLE_SERVER_TOKEN": KEY},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == [MODEL]
 
 
 def test_04_health(service: LocalService, client: TwinkleClient) -> None:
