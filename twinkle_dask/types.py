@@ -290,12 +290,14 @@ class GradientStepResult:
         grad_norm: Before clipping; None without ``clip`` or between boundaries.
         learning_rate: That the next step will use; None if no optimizer was given.
         steps: Optimizer steps that the run has taken in this way.
+        gradients: Backward passes of this window whose gradient is held.
     """
 
     done: bool
     grad_norm: float | None
     learning_rate: float | None
     steps: int
+    gradients: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

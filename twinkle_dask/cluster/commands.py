@@ -4,7 +4,7 @@ A command's ``body`` is packed by itself, so that the bytes which went into the 
 host as they are, and a stored result is what the host sent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -142,24 +142,31 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A class of ``errors`` by name, its message, and a fault's incident."""
+    """A class of ``errors`` by name, its message, and what its kind has besides."""
 
     kind: str
     message: str
     incident: str = ""
+    retry_after_s: float = 1.0
 
     def error(self) -> errors.TwinkleDaskError:
         """The exception again; an unknown kind becomes a ServiceFault."""
         kind = _ERRORS.get(self.kind, errors.ServiceFault)
         if issubclass(kind, errors.ServiceFault):
             return kind(self.message, self.incident)
+        if issubclass(kind, errors.CapacityError):
+            return kind(self.message, self.retry_after_s)
         return kind(self.message)
 
     @classmethod
     def of(cls, error: errors.TwinkleDaskError) -> "Failure":
         """What travels of an exception."""
-        incident = error.incident if isinstance(error, errors.ServiceFault) else ""
-        return cls(kind=type(error).__name__, message=error.message, incident=incident)
+        failure = cls(kind=type(error).__name__, message=error.message)
+        if isinstance(error, errors.ServiceFault):
+            return replace(failure, incident=error.incident)
+        if isinstance(error, errors.CapacityError):
+            return replace(failure, retry_after_s=error.retry_after_s)
+        return failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Final
 import orjson
 
 from twinkle_dask.checkpoints import tensors
-from twinkle_dask.errors import InvalidRequest
+from twinkle_dask.errors import InvalidRequest, ServiceFault
 from twinkle_dask.operations.adapters import Adapter, Adapters
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
@@ -19,7 +19,7 @@ from twinkle_dask.operations.values import CheckpointAddress, Tenant
 from twinkle_dask.optimizers import optimizer_spec
 from twinkle_dask.store.blobs import BlobStore
 from twinkle_dask.store.records import CheckpointKind
-from twinkle_dask.types import Float32Array, Json
+from twinkle_dask.types import Float32Array, GradientStep, GradientStepResult, Json, RunId
 
 #: As nested lists a number takes some twelve bytes.
 MAX_NUMBERS: Final = 8_000_000
@@ -64,6 +64,7 @@ class AdapterState:
         async with self._adapters.lock(run):
             adapter = await self._adapters.reread(tenant, run)
             settings, progress = adapter.settings, adapter.progress
+            told = await self._told(tenant, run, settings.accumulation)
             held = progress.weights
             if held is None:
                 held = _held(await self._weights(tenant, adapter))
@@ -99,7 +100,25 @@ class AdapterState:
             ]
         else:
             lines.append("Optimizer: none; call set_optimizer.")
+        lines += [
+            f"Optimizer steps taken: {told.steps}",
+            f"Backward passes since then: {told.gradients}",
+        ]
         return "\n".join(lines) + "\n"
+
+    async def _told(self, tenant: Tenant, run: RunId, accumulation: int) -> GradientStepResult:
+        """What the trainer counts, after all that was begun before, a call of no answer included.
+
+        The progress that is kept beside the settings is written after the work is done, so it may
+        be behind if the server was killed in between.
+        """
+        step = GradientStep(accumulation=accumulation)
+        ticket = await self._training.gradient_step(tenant, run, step=step)
+        result = await self._tickets.result(tenant.id, ticket.id)
+        self._tickets.retrieved(tenant.id, [ticket.id])
+        if not isinstance(result, GradientStepResult):
+            raise ServiceFault(f"The answer is a {type(result).__name__}.")
+        return result
 
     async def _weights(self, tenant: Tenant, adapter: Adapter) -> dict[str, Float32Array]:
         name = f"state-dict-{secrets.token_hex(8)}"

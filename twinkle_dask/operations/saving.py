@@ -287,13 +287,21 @@ class Saving:
         record = await self._own(tenant.id, address)
         return await self._place(record)
 
-    async def files(self, tenant: Tenant, address: CheckpointAddress) -> dict[str, bytes]:
+    async def own(self, tenant: Tenant, address: CheckpointAddress) -> None:
+        """Make sure that a checkpoint is the tenant's own.
+
+        Raises:
+            NotFound: There is none of this tenant.
+        """
+        await self._own(tenant.id, address)
+
+    async def files(self, tenant: TenantId, address: CheckpointAddress) -> dict[str, bytes]:
         """The adapter files of a tenant's own checkpoint, whole.
 
         Raises:
             NotFound: There is none of this tenant.
         """
-        record = await self._own(tenant.id, address)
+        record = await self._own(tenant, address)
         return await asyncio.to_thread(self._read, record)
 
     async def _own(self, tenant: TenantId, address: CheckpointAddress) -> CheckpointRecord:

@@ -241,7 +241,8 @@ async def open_service(
             adapters=adapters,
             save_roots=save_roots,
         )
-        uploads = Uploads(saving, audit, config.upload_roots)
+        uploads = Uploads(store, saving, audit, config.upload_roots)
+        await uploads.recover()
         batch_training = BatchTraining(runs, training, catalogue, tickets)
         try:
             yield Service(

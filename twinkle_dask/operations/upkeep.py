@@ -107,6 +107,7 @@ class Upkeep:
     async def _prune(self) -> None:
         now = utc_now()
         journal = self._config.journal
+        await self._store.uploads.prune(now - timedelta(seconds=journal.keep_finished_s))
         for _ in range(_MAX_PRUNES):
             removed = await self._store.journal.prune(
                 delivered_before=now - timedelta(seconds=journal.keep_delivered_s),

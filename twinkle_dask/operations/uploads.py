@@ -1,25 +1,25 @@
 """Sending adapters elsewhere: to folders and object stores of the operator's, or to a hub.
 
-An upload goes on beside its client, who asks how it stands. It is in this process alone: after a
-restart nobody knows of it, and it is to be asked for again.
+An upload goes on beside its client, who asks how it stands. What a restart interrupts is begun
+again; only uploads to a hub end with the process, because their tokens are never written down.
 """
 
 import asyncio
 import re
 import secrets
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import structlog
 
+from twinkle_dask.clock import utc_now
 from twinkle_dask.errors import (
     InvalidRequest,
     NotFound,
     QuotaExceeded,
     ServiceFault,
+    StorageFailed,
     TwinkleDaskError,
     new_incident,
 )
@@ -28,54 +28,52 @@ from twinkle_dask.operations.save_roots import plain, tenant_folder
 from twinkle_dask.operations.saving import Saving
 from twinkle_dask.operations.values import CheckpointAddress, Tenant
 from twinkle_dask.store.blobs import BlobStore
+from twinkle_dask.store.records import UploadRecord, UploadState
+from twinkle_dask.store.store import Store
 from twinkle_dask.types import TenantId
 
 log = structlog.stdlib.get_logger(__name__)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-_KEEP = 1000
+_HUB = "hub:"
 _MAX_RUNNING = 4
 _HUB_TIMEOUT_S = 600.0
 
 
-class UploadState(StrEnum):
-    """How an upload stands."""
-
-    RUNNING = "running"
-    COMPLETED = "completed"
-    FAILED = "failed"
-
-
-@dataclass(slots=True, kw_only=True)
-class Upload:
-    """One upload. ``error`` says why it failed, ``target`` where it goes."""
-
-    id: str
-    tenant: TenantId
-    target: str
-    state: UploadState = UploadState.RUNNING
-    error: str | None = None
-
-
 class Uploads:
-    """All uploads of this process.
+    """All uploads.
 
     Args:
+        store: Knows how they stand.
         saving: Has the files.
         audit: Told of every upload.
         roots: Folders or URLs that may be written to; the first is for names without a place.
     """
 
-    def __init__(self, saving: Saving, audit: Audit, roots: Sequence[str]) -> None:
+    def __init__(self, store: Store, saving: Saving, audit: Audit, roots: Sequence[str]) -> None:
+        self._store = store
         self._saving = saving
         self._audit = audit
         self._roots = tuple(roots)
-        self._uploads: OrderedDict[str, Upload] = OrderedDict()
+        self._running: Counter[TenantId] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    async def recover(self) -> None:
+        """Begin again what the last server did not end.
+
+        Raises:
+            StorageFailed: The records cannot be read or written.
+        """
+        for record in await self._store.uploads.running():
+            if record.target.startswith(_HUB):
+                why = "The server was restarted; start the upload again."
+                await self._store.uploads.end(record.id, UploadState.FAILED, why)
+            else:
+                self._begin(record, None)
 
     async def start(
         self, tenant: Tenant, address: CheckpointAddress, *, name: str, token: str | None
-    ) -> Upload:
+    ) -> UploadRecord:
         """Begin to send the adapter files of a tenant's own checkpoint.
 
         Args:
@@ -99,72 +97,93 @@ class Uploads:
                 "This server has no folder or object store to upload to (setting upload_roots), "
                 "and a hub needs hub_token; download the checkpoint instead."
             )
-        running = [one for one in self._uploads.values() if one.tenant == tenant.id]
-        if sum(one.state is UploadState.RUNNING for one in running) >= _MAX_RUNNING:
+        if self._running[tenant.id] >= _MAX_RUNNING:
             raise QuotaExceeded(f"{_MAX_RUNNING} of your uploads are going on; wait for one.", 5.0)
-        files = await self._saving.files(tenant, address)
-        target = f"hub:{name}" if token else self._folder(tenant.id, name)
-        upload = Upload(id=f"req_{secrets.token_hex(16)}", tenant=tenant.id, target=target)
-        self._uploads[upload.id] = upload
-        while len(self._uploads) > _KEEP:
-            self._uploads.popitem(last=False)
+        # Before it is taken: what is not there is refused, not a failed upload.
+        await self._saving.own(tenant, address)
+        record = UploadRecord(
+            id=f"req_{secrets.token_hex(16)}",
+            tenant_id=tenant.id,
+            run_id=address.run,
+            kind=address.kind,
+            name=address.name,
+            target=f"{_HUB}{name}" if token else self._folder(tenant.id, name),
+            state=UploadState.RUNNING,
+            error=None,
+            created_at=utc_now(),
+        )
+        await self._store.uploads.add(record)
         await self._audit.record(
             tenant,
             "checkpoints.uploaded",
             path=f"{address.run}/{address.kind}/{address.name}",
-            target=target,
+            target=record.target,
         )
-        task = asyncio.create_task(self._send(upload, files, name, token), name="upload")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return upload
+        self._begin(record, token)
+        return record
 
-    async def status(self, tenant: Tenant, upload: str) -> Upload:
+    async def status(self, tenant: Tenant, upload: str) -> UploadRecord:
         """How an upload stands.
 
         Raises:
-            NotFound: There is none of this tenant, or the server was restarted since.
+            NotFound: There is none of this tenant, or it ended long ago.
         """
-        found = self._uploads.get(upload)
-        if found is None or found.tenant != tenant.id:
+        found = await self._store.uploads.get(tenant.id, upload)
+        if found is None:
             raise NotFound(f"There is no upload {upload[:80]!r}; start it again.")
         return found
 
     async def stop(self) -> None:
-        """Give up what is going on."""
+        """Leave what is going on to the next server."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _begin(self, record: UploadRecord, token: str | None) -> None:
+        self._running[record.tenant_id] += 1
+        task = asyncio.create_task(self._carry_out(record, token), name="upload")
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._running[record.tenant_id] -= 1
+
+        task.add_done_callback(ended)
 
     def _folder(self, tenant: TenantId, name: str) -> str:
         parts = "/".join(plain(part) for part in name.split("/"))
         return f"{self._roots[0].rstrip('/')}/{tenant_folder(tenant)}/{parts}"
 
-    async def _send(
-        self, upload: Upload, files: Mapping[str, bytes], name: str, token: str | None
-    ) -> None:
+    async def _carry_out(self, record: UploadRecord, token: str | None) -> None:
+        error = await self._send(record, token)
+        state = UploadState.COMPLETED if error is None else UploadState.FAILED
         try:
+            await self._store.uploads.end(record.id, state, error)
+        except StorageFailed as failed:
+            # It stands as running, so the next server does it once more, which does no harm.
+            log.warning("upload_not_recorded", upload=record.id, error=failed.message)
+
+    async def _send(self, record: UploadRecord, token: str | None) -> str | None:
+        """Send the files; gives why that failed, None if it did not."""
+        address = CheckpointAddress(run=record.run_id, kind=record.kind, name=record.name)
+        try:
+            files = await self._saving.files(record.tenant_id, address)
             if token:
+                name = record.target.removeprefix(_HUB)
                 work = asyncio.to_thread(_to_hub, files, name, token)
                 await asyncio.wait_for(work, _HUB_TIMEOUT_S)
             else:
-                await asyncio.to_thread(_to_folder, files, upload.target)
-        except asyncio.CancelledError:
-            upload.state, upload.error = UploadState.FAILED, "The server is stopping."
-            raise
+                await asyncio.to_thread(_to_folder, files, record.target)
         except TwinkleDaskError as error:
-            upload.state, upload.error = UploadState.FAILED, error.message
-            log.warning("upload_failed", target=upload.target, error=error.message)
+            log.warning("upload_failed", target=record.target, error=error.message)
+            return error.message
         except TimeoutError:
-            upload.state = UploadState.FAILED
-            upload.error = f"The hub did not take it within {_HUB_TIMEOUT_S:.0f} s."
+            return f"The hub did not take it within {_HUB_TIMEOUT_S:.0f} s."
         except Exception:
             incident = new_incident()
-            log.exception("upload_failed", target=upload.target, incident=incident)
-            upload.state = UploadState.FAILED
-            upload.error = f"Something went wrong on our side; incident {incident}."
-        else:
-            upload.state = UploadState.COMPLETED
+            log.exception("upload_failed", target=record.target, incident=incident)
+            return f"Something went wrong on our side; incident {incident}."
+        return None
 
 
 def _to_folder(files: Mapping[str, bytes], target: str) -> None:

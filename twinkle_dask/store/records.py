@@ -33,6 +33,14 @@ class OperationState(StrEnum):
     FAILED = "failed"
 
 
+class UploadState(StrEnum):
+    """How an upload stands."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
 class CheckpointKind(StrEnum):
     """Training state (weights and optimizer), weights for samplers only, or an exported adapter."""
 
@@ -407,3 +415,24 @@ class UsageRecord:
     base_model: str
     session_id: SessionId
     amount: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadRecord:
+    """Sending a checkpoint's adapter files elsewhere.
+
+    Attributes:
+        run_id: Whose checkpoint, which is of ``kind`` and called ``name``.
+        target: ``hub:owner/name``, or a folder or URL of the operator's.
+        error: Why it failed, in words for the tenant.
+    """
+
+    id: str
+    tenant_id: TenantId
+    run_id: RunId
+    kind: CheckpointKind
+    name: str
+    target: str
+    state: UploadState
+    error: str | None
+    created_at: datetime

@@ -21,6 +21,7 @@ from twinkle_dask.store.searches import Searches
 from twinkle_dask.store.secrets import Secrets
 from twinkle_dask.store.sessions import Sessions
 from twinkle_dask.store.sharing import Sharing
+from twinkle_dask.store.uploads import Uploads
 from twinkle_dask.store.usage import Usage
 
 
@@ -56,6 +57,7 @@ class Store:
     usage: Usage
     searches: Searches
     sharing: Sharing
+    uploads: Uploads
     _database: Database
 
     @classmethod
@@ -89,6 +91,7 @@ class Store:
             usage=Usage(database),
             searches=Searches(database),
             sharing=Sharing(database),
+            uploads=Uploads(database),
             _database=database,
         )
 

@@ -30,6 +30,7 @@ from twinkle_dask.store.records import (
     OperationState,
     RunPhase,
     SessionState,
+    UploadState,
     UsageKind,
 )
 
@@ -374,4 +375,18 @@ usage = Table(
     Column("base_model", String, primary_key=True),
     Column("session_id", String, primary_key=True),
     Column("amount", BigInteger, nullable=False),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", String, nullable=False, index=True),
+    _text("run_id"),
+    Column("kind", Named(CheckpointKind), nullable=False),
+    _text("name"),
+    _text("target"),
+    Column("state", Named(UploadState), nullable=False),
+    Column("error", Text),
+    Column("created_at", UtcDateTime, nullable=False),
 )

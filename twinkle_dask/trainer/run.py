@@ -293,6 +293,7 @@ class Run:
             grad_norm=grad_norm,
             learning_rate=None if then is None else float(then["lr"]),
             steps=self._counts.steps,
+            gradients=0 if self._gradient is None else self._counts.gradients,
         )
 
     def _clip(self, clip: ClipGradient) -> float:
