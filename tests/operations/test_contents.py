@@ -16,8 +16,12 @@ async def test_a_step_is_kept_and_answered_the_same(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, inline_bytes: int, num_files: int
 ) -> None:
     run = await parts.a_run(await parts.a_session())
+
+    def never(_lane: Lane) -> bool:
+        return False
+
     # A snapshot would take the request away, at a time of its own.
-    monkeypatch.setattr(Lane, "_snapshot_due", lambda _lane: False)
+    monkeypatch.setattr(Lane, "_snapshot_due", never)
     monkeypatch.setattr(contents, "INLINE_BYTES", inline_bytes)
     before = len(parts.files("journal")), len(parts.files("results"))
 
