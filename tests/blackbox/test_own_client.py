@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tinker
@@ -68,6 +70,53 @@ def test_a_run_learns_is_saved_sampled_and_goes_on(mine: light.Service) -> None:
     again.load(saved.address)
     here, there = (each.forward([EXAMPLE]).logprobs for each in (run, again))
     assert here == there
+
+
+class LosingAnswers(httpx.HTTPTransport):
+    """The service does what it is asked, and some of its answers never come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lose: str = ""
+        self.asked: Counter[str] = Counter()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send it; once for each ``lose`` the connection breaks when the answer comes."""
+        response = super().handle_request(request)
+        operation = request.url.path.rpartition("/")[2]
+        self.asked[operation] += 1
+        if operation == self.lose:
+            self.lose = ""
+            response.read()
+            raise httpx.ReadError("the connection broke", request=request)
+        return response
+
+
+def test_nothing_is_done_twice_where_an_answer_is_lost(service: LocalService) -> None:
+    answers = LosingAnswers()
+    with light.Service(service.url, api_key=KEY, progress=False, transport=answers) as mine:
+
+        def counts(run: light.Run) -> list[str]:
+            return re.findall(r"(?:steps taken|passes since then): (\d+)", run.configuration())
+
+        run = mine.create_run(MODEL, lora=Lora(rank=4), gradient_accumulation_steps=2)
+        answers.lose = "set_optimizer"
+        run.set_optimizer("AdamW", lr=1e-2)  # may be done twice
+        assert answers.asked["set_optimizer"] == 2
+        answers.lose = "forward_backward"
+        with pytest.raises(light.Unreachable):
+            run.forward_backward([EXAMPLE])
+        assert counts(run) == ["0", "1"]  # it was counted, so it is not to be repeated
+        run.forward_backward([EXAMPLE])
+        answers.lose = "clip_grad_and_step"
+        with pytest.raises(light.Unreachable):
+            run.step()
+        assert counts(run) == ["1", "0"]
+        assert (answers.asked["forward_backward"], answers.asked["clip_grad_and_step"]) == (2, 1)
+        answers.lose = "save"
+        run.save("kept")  # takes the place of the first
+        checkpoints = mine.checkpoints(run.id)
+        assert [one.id for one in checkpoints] == ["weights/kept"]
 
 
 def test_a_taken_name_leaves_the_first_run_as_it_is(mine: light.Service) -> None:

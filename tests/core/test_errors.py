@@ -18,6 +18,7 @@ def leaves(cls: type[errors.TwinkleDaskError]) -> Iterator[type[errors.TwinkleDa
 
 OURS = [leaf for leaf in leaves(errors.TwinkleDaskError) if leaf.__module__ == errors.__name__]
 FAULTS = [leaf for leaf in OURS if issubclass(leaf, errors.ServiceFault)]
+CAPACITY = [leaf for leaf in OURS if issubclass(leaf, errors.CapacityError)]
 each = pytest.mark.parametrize("leaf", OURS, ids=lambda leaf: leaf.__name__)
 
 
@@ -51,6 +52,12 @@ def test_a_fault_keeps_its_incident_on_the_way(leaf: type[errors.ServiceFault]) 
     incident = errors.new_incident()
     error = packing.unpack(packing.pack(Failure.of(leaf("Ours.", incident)))).error()
     assert (type(error), error.incident) == (leaf, incident)
+
+
+@pytest.mark.parametrize("leaf", CAPACITY, ids=lambda leaf: leaf.__name__)
+def test_when_to_come_back_is_told_on_the_way(leaf: type[errors.CapacityError]) -> None:
+    error = packing.unpack(packing.pack(Failure.of(leaf("Later.", 7.5)))).error()
+    assert (type(error), error.retry_after_s) == (leaf, 7.5)
 
 
 def test_a_class_that_is_not_known_here_is_our_fault() -> None:

@@ -90,8 +90,9 @@ async def test_bytes_and_numbers_are_limited(tmp_path: Path) -> None:
     async with open_parts(tmp_path, limits) as parts:
         session = await parts.a_session()
         first = await a_dataset(parts, session, 1000)
-        with pytest.raises(QuotaExceeded, match="quota"):
+        with pytest.raises(QuotaExceeded, match="quota") as caught:
             await a_dataset(parts, session, 2000)
+        assert caught.value.retry_after_s == 30.0  # as the CPU worker said
         with pytest.raises(InvalidRequest, match="100000"):
             await a_dataset(parts, session, 20_000)
         # It may be replaced by as much as it is.

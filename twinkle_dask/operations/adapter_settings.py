@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, cast
 
+from twinkle_dask.batch_losses import BatchLossSpec, loss_spec
 from twinkle_dask.errors import InvalidRequest
-from twinkle_dask.types import Json
+from twinkle_dask.types import Json, OptimizerSpec, SchedulerSpec
 
 MAX_ACCUMULATION = 1_000_000
 
@@ -47,6 +48,28 @@ class AdapterSettings:
     schedule: Named | None = None
     train_metrics: tuple[Named, ...] = DEFAULT_METRICS
     eval_metrics: tuple[Named, ...] = DEFAULT_METRICS
+
+    @property
+    def loss_spec(self) -> BatchLossSpec:
+        """The loss, as passes take it."""
+        return loss_spec(self.loss.name, self.loss.settings)
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec | None:
+        """The optimizer, as steps take it; None if none was set."""
+        named = self.optimizer
+        return None if named is None else OptimizerSpec(name=named.name, settings=named.settings)
+
+    @property
+    def schedule_spec(self) -> SchedulerSpec | None:
+        """The schedule, as steps take it; None if none was set."""
+        named = self.schedule
+        return None if named is None else SchedulerSpec(name=named.name, settings=named.settings)
+
+    def wants_correct(self, *, training: bool) -> bool:
+        """Whether a metric asks of each token if it was the likeliest."""
+        metrics = self.train_metrics if training else self.eval_metrics
+        return any(metric.name == "Accuracy" for metric in metrics)
 
     def json(self) -> Json:
         """For the row."""

@@ -20,13 +20,14 @@ from twinkle_dask.operations.adapter_settings import (
     settings_of,
 )
 from twinkle_dask.operations.catalogue import Catalogue
+from twinkle_dask.operations.requests import StartRun
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.sessions import Sessions
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.values import Failed, LoraRequest, ServedModel, Tenant, Waiting
-from twinkle_dask.store.records import RunSettingsRecord
+from twinkle_dask.store.records import RunPhase, RunRecord, RunSettingsRecord
 from twinkle_dask.store.store import Store
-from twinkle_dask.types import LoraSpec, RunId, SessionId
+from twinkle_dask.types import LoraSpec, RunId, SessionId, TicketId
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -95,14 +96,19 @@ class Adapters:
             rslora=lora.rslora,
         )
         async with self.lock(run):
-            ticket = await self._runs.create_named(
-                tenant,
-                session,
-                run,
-                base_model=base_model,
-                spec=spec,
-                user_metadata={"adapter_name": name},
-            )
+            half_made = await self._half_made(tenant, run, model.name, spec)
+            if half_made is None:
+                made = await self._runs.create_named(
+                    tenant,
+                    session,
+                    run,
+                    base_model=base_model,
+                    spec=spec,
+                    user_metadata={"adapter_name": name},
+                )
+                ticket = made.id
+            else:
+                ticket = await self._start(tenant, half_made)
             record = RunSettingsRecord(
                 run_id=run,
                 tenant_id=tenant.id,
@@ -111,13 +117,14 @@ class Adapters:
                 created_at=utc_now(),
             )
             await self._store.run_settings.add(record)
-            while True:
-                outcome = await self._tickets.wait(tenant.id, ticket.id, _WAIT_S)
+            while ticket is not None:
+                outcome = await self._tickets.wait(tenant.id, ticket, _WAIT_S)
                 if isinstance(outcome, Failed):
                     await self._forget(run)
                     raise outcome.error
                 if not isinstance(outcome, Waiting):
-                    return run
+                    break
+            return run
 
     async def get(
         self, tenant: Tenant, session: SessionId, name: str | None, model: ServedModel
@@ -199,6 +206,35 @@ class Adapters:
         if lock is None:
             lock = self._locks[run] = asyncio.Lock()
         return lock
+
+    async def _half_made(
+        self, tenant: Tenant, run: RunId, base_model: str, spec: LoraSpec
+    ) -> RunRecord | None:
+        """A run of this name and shape that was begun and never got its settings, if there is one.
+
+        The server was killed, or its disk was full, before anybody was told of it. Without this
+        its name would be taken by something that cannot be used.
+        """
+        if await self._store.run_settings.get(tenant.id, run) is not None:
+            return None
+        record = await self._store.runs.get(tenant.id, run)
+        if record is None or record.state not in {RunPhase.CREATING, RunPhase.READY}:
+            return None
+        alike = record.base_model == base_model and replace(record.spec, seed=spec.seed) == spec
+        return record if alike else None
+
+    async def _start(self, tenant: Tenant, record: RunRecord) -> TicketId | None:
+        """The ticket of what makes a half-made run, begun if need be; None if it is ready."""
+        if record.state is RunPhase.READY:
+            return None
+        begun = await self._store.journal.at(record.id, 0)
+        if begun is not None:
+            return begun.ticket_id
+        request = StartRun(spec=record.spec)
+        ticket = await self._runs.submit(
+            tenant, record.id, seq=None, make=lambda _lane, _model: request, rated=False
+        )
+        return ticket.id
 
     async def _forget(self, run: RunId) -> None:
         """A run that could not be made leaves nothing behind, so that its name is free again."""

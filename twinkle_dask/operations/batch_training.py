@@ -12,7 +12,6 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -21,7 +20,7 @@ from twinkle_dask.batch_losses import (
     BatchLossSpec,
     contrast,
 )
-from twinkle_dask.errors import InvalidRequest, ServiceFault
+from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.prepared_batches import (
     INLINE_TOKENS,
@@ -34,7 +33,7 @@ from twinkle_dask.operations.prepared_batches import (
 from twinkle_dask.operations.runs import Runs
 from twinkle_dask.operations.tickets import TicketBoard
 from twinkle_dask.operations.training import Training
-from twinkle_dask.operations.values import Done, Failed, Tenant, Ticket
+from twinkle_dask.operations.values import Tenant
 from twinkle_dask.types import (
     Embed,
     EmbedResult,
@@ -49,8 +48,6 @@ from twinkle_dask.types import (
     RunId,
 )
 
-_WAIT_S = 60.0
-_R = TypeVar("_R")
 _PLAIN = LossSpec(name=LossName.CROSS_ENTROPY)
 
 
@@ -282,7 +279,7 @@ class BatchTraining:
             dropout_seed=how.dropout_seed,
         )
         ticket = await self._training.forward_backward(tenant, run, seq=None, batch=request)
-        return await self._result(tenant, ticket, ForwardBackwardResult)
+        return await self._tickets.take(tenant.id, ticket.id, ForwardBackwardResult)
 
     async def _add(
         self,
@@ -308,24 +305,11 @@ class BatchTraining:
         ticket = await self._training.forward_backward(
             tenant, run, seq=None, batch=request, rated=rated
         )
-        return await self._result(tenant, ticket, ForwardBackwardResult)
+        return await self._tickets.take(tenant.id, ticket.id, ForwardBackwardResult)
 
     async def _embed(self, tenant: Tenant, run: RunId, request: Embed) -> EmbedResult:
         ticket = await self._training.embed(tenant, run, seq=None, batch=request)
-        return await self._result(tenant, ticket, EmbedResult)
-
-    async def _result(self, tenant: Tenant, ticket: Ticket, kind: type[_R]) -> _R:
-        while True:
-            match await self._tickets.wait(tenant.id, ticket.id, _WAIT_S):
-                case Done(result=result) if isinstance(result, kind):
-                    self._tickets.retrieved(tenant.id, [ticket.id])
-                    return result
-                case Done(result=result):
-                    raise ServiceFault(f"The answer is a {type(result).__name__}.")
-                case Failed(error=error):
-                    raise error
-                case _:
-                    pass
+        return await self._tickets.take(tenant.id, ticket.id, EmbedResult)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from twinkle_dask.cluster.supervisor import Supervisor
 from twinkle_dask.config import ServiceConfig
 from twinkle_dask.operations import validation
 from twinkle_dask.operations.adapter_state import AdapterState
+from twinkle_dask.operations.adapter_steps import AdapterSteps
 from twinkle_dask.operations.adapter_training import AdapterTraining
 from twinkle_dask.operations.adapters import Adapters
 from twinkle_dask.operations.audit import Audit
@@ -25,6 +26,7 @@ from twinkle_dask.operations.downloads import Downloads
 from twinkle_dask.operations.drawing import Drawing
 from twinkle_dask.operations.events import Events
 from twinkle_dask.operations.inflight import InflightWeights
+from twinkle_dask.operations.pending_batches import PendingBatches
 from twinkle_dask.operations.processors import Processors
 from twinkle_dask.operations.provenance import Provenance
 from twinkle_dask.operations.quotas import Quotas
@@ -72,6 +74,7 @@ class Service:
     training: Training
     adapters: Adapters
     adapter_training: AdapterTraining
+    adapter_steps: AdapterSteps
     adapter_state: AdapterState
     save_roots: SaveRoots
     saving: Saving
@@ -244,6 +247,9 @@ async def open_service(
         uploads = Uploads(store, saving, audit, config.upload_roots)
         await uploads.recover()
         batch_training = BatchTraining(runs, training, catalogue, tickets)
+        adapter_steps = AdapterSteps(
+            adapters=adapters, training=training, tickets=tickets, store=store
+        )
         try:
             yield Service(
                 config=config,
@@ -264,9 +270,10 @@ async def open_service(
                     runs=runs,
                     catalogue=catalogue,
                     tickets=tickets,
-                    store=store,
-                    blobs=blobs,
+                    pending=PendingBatches(adapters, store, blobs),
+                    steps=adapter_steps,
                 ),
+                adapter_steps=adapter_steps,
                 adapter_state=AdapterState(
                     adapters=adapters,
                     training=training,

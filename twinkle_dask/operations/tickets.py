@@ -8,14 +8,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from twinkle_dask import packing
 from twinkle_dask.clock import utc_now
 from twinkle_dask.cluster.commands import Failure
-from twinkle_dask.errors import NotFound, TwinkleDaskError
+from twinkle_dask.errors import NotFound, ServiceFault, TwinkleDaskError
 from twinkle_dask.operations import contents, usage
 from twinkle_dask.operations.quotas import Quota
 from twinkle_dask.operations.values import Done, Failed, Outcome, Result, Waiting
@@ -26,6 +26,7 @@ from twinkle_dask.types import RunId, TenantId, TicketId
 
 log = structlog.stdlib.get_logger(__name__)
 
+_R = TypeVar("_R")
 _KEEP_BYTES = 256 * 2**20
 #: A result that is awaited to the end is asked for in pieces of this.
 _RESULT_S = 60.0
@@ -132,6 +133,19 @@ class TicketBoard:
                 raise outcome.error
             if isinstance(outcome, Done):
                 return outcome.result
+
+    async def take(self, tenant: TenantId, ticket: TicketId, kind: type[_R]) -> _R:
+        """Wait for a result of ``kind`` that nobody else asks for; it counts as delivered.
+
+        Raises:
+            NotFound: No such ticket of this tenant.
+            TwinkleDaskError: What became of it instead.
+        """
+        result = await self.result(tenant, ticket)
+        if not isinstance(result, kind):
+            raise ServiceFault(f"The answer is a {type(result).__name__}.")
+        self.retrieved(tenant, [ticket])
+        return result
 
     async def wait(self, tenant: TenantId, ticket: TicketId, timeout_s: float) -> Outcome:
         """The outcome, or ``Waiting`` once the time is over.

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from twinkle_dask import packing
-from twinkle_dask.errors import ServiceFault, TwinkleDaskError, new_incident
+from twinkle_dask.errors import CapacityError, ServiceFault, TwinkleDaskError, new_incident
 from twinkle_dask.logs import configure
 from twinkle_dask.processor import templates as templates  # registers the values of its calls
+from twinkle_dask.types import Json
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +60,28 @@ def run(name: str, packed: bytes, log_level: str) -> bytes:
         log_level: Of the worker's log.
 
     Returns:
-        Packed ``{"result": ...}``, or ``{"kind", "message", "incident"}`` of a
-        ``TwinkleDaskError``. Nothing is raised: Dask would send it pickled, and would not send
-        what cannot be pickled.
+        Packed ``{"result": ...}``, or the fields of the cluster's ``Failure``, as which errors
+        travel. Nothing is raised: Dask would send it pickled, and would not send what cannot be
+        pickled.
     """
     _configure_once(log_level)
     try:
         return packing.pack({"result": FUNCTIONS[name](packing.unpack(packed))})
     except TwinkleDaskError as error:
-        incident = error.incident if isinstance(error, ServiceFault) else ""
-        return _failure(type(error).__name__, error.message, incident)
+        return packing.pack(_failure(error))
     except Exception:
         incident = new_incident()
         log.exception("Function %s failed; incident %s", name, incident)
-        return _failure(ServiceFault.__name__, "A CPU worker failed.", incident)
+        return packing.pack(_failure(ServiceFault("A CPU worker failed.", incident)))
 
 
-def _failure(kind: str, message: str, incident: str) -> bytes:
-    return packing.pack({"kind": kind, "message": message, "incident": incident})
+def _failure(error: TwinkleDaskError) -> Json:
+    failure: Json = {"kind": type(error).__name__, "message": error.message}
+    if isinstance(error, ServiceFault):
+        failure["incident"] = error.incident
+    if isinstance(error, CapacityError):
+        failure["retry_after_s"] = error.retry_after_s
+    return failure
 
 
 @functools.cache

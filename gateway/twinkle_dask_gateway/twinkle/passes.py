@@ -7,8 +7,8 @@ from typing import Any, Final, Self
 import numpy as np
 
 from twinkle_dask.errors import InvalidRequest, NotSupported
+from twinkle_dask.operations.adapter_batches import AdapterBatch
 from twinkle_dask.operations.adapter_settings import accumulation_of
-from twinkle_dask.operations.adapter_training import AdapterBatch
 from twinkle_dask.operations.adapters import Adapter
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.values import ServedModel, Tenant

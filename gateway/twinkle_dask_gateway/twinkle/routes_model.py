@@ -121,7 +121,7 @@ async def twinkle_set_optimizer(
     adapter = await _adapter(service, tenant, session, model, body.adapter_name)
     optimizer_spec(body.optimizer_cls, _arguments(body))
     named = Named(name=body.optimizer_cls, settings=_arguments(body))
-    await service.adapter_training.set_optimizer(tenant, adapter.run, named)
+    await service.adapter_steps.set_optimizer(tenant, adapter.run, named)
     return nothing()
 
 
@@ -134,7 +134,7 @@ async def twinkle_set_lr_scheduler(
     adapter = await _adapter(service, tenant, session, model, body.adapter_name)
     schedule_spec(body.scheduler_cls, _arguments(body))
     named = Named(name=body.scheduler_cls, settings=_arguments(body))
-    await service.adapter_training.set_schedule(tenant, adapter.run, named)
+    await service.adapter_steps.set_schedule(tenant, adapter.run, named)
     return nothing()
 
 

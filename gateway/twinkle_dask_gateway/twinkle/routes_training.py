@@ -6,12 +6,12 @@ from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
+from twinkle_dask.operations.adapter_batches import PassResult
 from twinkle_dask.operations.adapter_settings import (
     AdapterSettings,
     accumulation_of,
     finite,
 )
-from twinkle_dask.operations.adapter_training import PassResult
 from twinkle_dask.operations.adapters import Adapter
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.values import ServedModel, Tenant
@@ -146,7 +146,7 @@ async def twinkle_clip_grad_norm(
     """Divide the gradient by what it was counted for, clip it, and tell its norm before that."""
     body = await read(request, wire.Clip)
     adapter = await service.adapters.get(tenant, session, body.adapter_name, model)
-    done = await service.adapter_training.step(
+    done = await service.adapter_steps.step(
         tenant,
         adapter.run,
         clip=clip_gradient(body.max_grad_norm, body.norm_type),
@@ -186,7 +186,7 @@ async def twinkle_clip_grad_and_step(
     """Clip, step, zero and move on in one call."""
     body = await read(request, wire.Clip)
     adapter = await service.adapters.get(tenant, session, body.adapter_name, model)
-    await service.adapter_training.step(
+    await service.adapter_steps.step(
         tenant,
         adapter.run,
         clip=clip_gradient(body.max_grad_norm, body.norm_type),
@@ -228,7 +228,7 @@ async def _part(
 ) -> Response:
     body = await read(request, wire.AdapterCall)
     adapter = await service.adapters.get(tenant, session, body.adapter_name, model)
-    await service.adapter_training.step(
+    await service.adapter_steps.step(
         tenant,
         adapter.run,
         step=step,
