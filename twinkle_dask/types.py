@@ -456,6 +456,7 @@ class SampleRequest:
         prompt_alt_tokens_k: Draw so many tokens at each place of the prompt but the first.
         images: In the order of their positions in the prompt, without overlap.
         recorded: Keep prompt and tokens with the session, for training data to be compared with.
+        score_only: Nobody is told what is drawn, so the prompt may fill the context.
     """
 
     prompt: Int32Array
@@ -469,6 +470,7 @@ class SampleRequest:
     prompt_alt_tokens_k: int = 0
     images: tuple[Image, ...] = ()
     recorded: bool = False
+    score_only: bool = False
 
 
 class StopReason(StrEnum):

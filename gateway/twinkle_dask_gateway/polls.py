@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from twinkle_dask.errors import Saturated
 
@@ -45,6 +46,23 @@ class Polls:
             if wait.cancel():  # False where it is done already
                 await asyncio.wait({wait})
         return None if wait.cancelled() else wait.result()
+
+    async def answer(self, request: Request, outcome: Coroutine[Any, Any, _T]) -> _T:
+        """Await ``outcome`` on behalf of a request that is answered by nothing else.
+
+        Raises:
+            ClientDisconnect: The client left.
+            Saturated: The server is stopping.
+        """
+        found: list[_T] = []
+
+        async def keep() -> bool:
+            found.append(await outcome)
+            return True
+
+        if await self.wait(request, keep()):
+            return found[0]
+        raise Saturated(STOPPING) if self._ended else ClientDisconnect
 
     async def unless_stopping(self, outcome: Coroutine[Any, Any, _T]) -> _T:
         """Await ``outcome`` on behalf of an answer that has begun.

@@ -1,18 +1,20 @@
 """Samples for whoever waits with an open request, which a client may leave."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from twinkle_dask.errors import Saturated, ServiceFault
+from twinkle_dask.errors import ServiceFault
 from twinkle_dask.operations.following import Following
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.values import Failed, Tenant, Ticket, Waiting
 from twinkle_dask.types import SamplePart, SampleRequest, SampleResult, SamplerId
-from twinkle_dask_gateway.polls import STOPPING, Polls
+from twinkle_dask_gateway.polls import Polls
 
 _WAIT_S = 60.0
 
@@ -47,12 +49,10 @@ async def draw_all(
 
     Raises:
         TwinkleDaskError: What became of the first that failed.
-        Saturated: The server is stopping, or nobody is left to hear of it.
+        ClientDisconnect: The client left.
+        Saturated: The server is stopping.
     """
-    drawn = await polls.wait(http, _draw_all(service, tenant, sampler, requests))
-    if drawn is None:
-        raise Saturated(STOPPING)
-    return drawn
+    return await polls.answer(http, _draw_all(service, tenant, sampler, requests))
 
 
 async def _draw_all(
@@ -103,3 +103,26 @@ async def followed(
         # A client that has left ends the block by a cancellation, which would end this as well.
         cancelling = asyncio.ensure_future(service.sampling.cancel(tenant, ticket.id))
         await asyncio.shield(cancelling)
+
+
+class DrawnStream(StreamingResponse):
+    """An answer that tells a sample as it is drawn.
+
+    The block that draws it is left with the answer, also where the client was gone before the
+    first piece was asked for: a generator that never began could not end it.
+    """
+
+    def __init__(
+        self,
+        stack: AsyncExitStack,
+        pieces: AsyncGenerator[bytes],
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(pieces, headers=headers, media_type=media_type)
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Tell it."""
+        async with self._stack:
+            await super().__call__(scope, receive, send)

@@ -20,6 +20,7 @@ from twinkle_dask.local import LocalService
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [40]]
 FEATURES = [{"input_ids": prompt} for prompt in PROMPTS]
+CONTEXT = 2048  # of the tiny model
 SAID = " hello world, this is the answer."
 
 
@@ -283,6 +284,16 @@ def test_77_max_tokens_0_scores(sampler: vLLMSampler) -> None:
     assert plain.prompt_logprobs is None
 
 
+def test_77_a_prompt_that_fills_the_context_can_be_scored(sampler: vLLMSampler) -> None:
+    full = [{"input_ids": [5, 6] * (CONTEXT // 2)}]
+    (sample,) = sampler.sample(full, {"max_tokens": 0})
+    assert len(sample.prompt_logprobs) == CONTEXT
+    assert sample.sequences[0].tokens == []
+    assert "fills the context" in refused(400, sampler.sample, full, {"max_tokens": 1})
+    longer = [{"input_ids": [5] * (CONTEXT + 1)}]
+    assert str(CONTEXT) in refused(400, sampler.sample, longer, {"max_tokens": 0})
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -386,3 +397,7 @@ def test_leaving_a_stream_or_a_sample_frees_the_sampler(
             break
         gone.wait(0.1)
     assert pending == 0
+    # Nobody was told anything, and nobody should look for a fault of the server's.
+    lines = (service.data_dir / "server.log").read_text().splitlines()
+    left = [line for line in lines if '"status": 499' in line and "/sample" in line]
+    assert left

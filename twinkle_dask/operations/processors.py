@@ -3,10 +3,10 @@
 import asyncio
 import re
 import secrets
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -72,7 +72,9 @@ class Processors:
         self._catalogue = catalogue
         self._sessions = sessions
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._in_making: Counter[TenantId] = Counter()
+        self._in_making: defaultdict[TenantId, set[str]] = defaultdict(set)
+        # Held while processors in the making and those in the store are counted, or change places.
+        self._counting: defaultdict[TenantId, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def create(
         self,
@@ -94,31 +96,23 @@ class Processors:
         """
         functions.check_class(processor_type, class_type)
         await self._sessions.active(tenant, session)
-        limit = self._config.limits.max_processors
-        self._in_making[tenant.id] += 1
+        record = ProcessorRecord(
+            id=secrets.token_hex(16),
+            tenant_id=tenant.id,
+            session_id=session,
+            processor_type=processor_type,
+            class_type=class_type,
+            state="",
+            num_bytes=0,
+            created_at=utc_now(),
+        )
+        await self._reserve(record)
         try:
-            held = await self._store.processors.count(tenant.id) + self._in_making[tenant.id]
-            if held > limit:
-                raise QuotaExceeded(
-                    f"You have {limit} processors (data sets, loaders and others), which is the "
-                    "limit. They end with their session.",
-                    30.0,
-                )
-            record = ProcessorRecord(
-                id=secrets.token_hex(16),
-                tenant_id=tenant.id,
-                session_id=session,
-                processor_type=processor_type,
-                class_type=class_type,
-                state="",
-                num_bytes=0,
-                created_at=utc_now(),
-            )
             named = await self._referenced(tenant, arguments)
             async with self._locked(named):
                 await self._do(tenant, record, class_type, arguments, named)
         finally:
-            self._in_making[tenant.id] -= 1
+            self._in_making[tenant.id].discard(record.id)
         log.info("processor_created", processor=record.id, kind=class_type, session=session)
         return f"pid:{record.id}"
 
@@ -162,6 +156,18 @@ class Processors:
             log.info("processor_closed", processor=record.id)
         before = utc_now() - timedelta(seconds=self._config.journal.keep_saved_data_s)
         await remove_all(self._blobs, await self._store.processors.remove_saved(before))
+
+    async def _reserve(self, record: ProcessorRecord) -> None:
+        tenant, limit = record.tenant_id, self._config.limits.max_processors
+        async with self._counting[tenant]:
+            held = await self._store.processors.count(tenant) + len(self._in_making[tenant])
+            if held >= limit:
+                raise QuotaExceeded(
+                    f"You have {limit} processors (data sets, loaders and others), which is the "
+                    "limit. They end with their session.",
+                    30.0,
+                )
+            self._in_making[tenant].add(record.id)
 
     async def _record(self, tenant: Tenant, processor: str) -> ProcessorRecord:
         record = await self._store.processors.get(tenant.id, processor)
@@ -247,18 +253,10 @@ class Processors:
         store = self._store.processors
         if is_new:
             state, num_bytes = states.pop(record.id)
-            await store.add(
-                ProcessorRecord(
-                    id=record.id,
-                    tenant_id=record.tenant_id,
-                    session_id=record.session_id,
-                    processor_type=record.processor_type,
-                    class_type=record.class_type,
-                    state=state,
-                    num_bytes=num_bytes,
-                    created_at=record.created_at,
-                )
-            )
+            made = replace(record, state=state, num_bytes=num_bytes)
+            async with self._counting[tenant.id]:
+                await store.add(made)
+                self._in_making[tenant.id].discard(record.id)
         if states:
             await store.update(states)
         doomed: list[str] = list(answer["dropped"])

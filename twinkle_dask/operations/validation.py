@@ -331,7 +331,7 @@ def sample(request: SampleRequest, model: ServedModel, limits: LimitConfig) -> S
         )
     params = request.params
     room = model.facts.context_length - len(request.prompt)
-    if room < 1:
+    if room < (0 if request.score_only else 1):
         raise InvalidRequest(
             f"The prompt of {len(request.prompt)} tokens fills the context of {model.name!r} "
             f"({model.facts.context_length}); leave room for at least one more token."

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
-from twinkle_dask.errors import NotFound, Saturated, TwinkleDaskError
+from twinkle_dask.errors import NotFound, TwinkleDaskError
 from twinkle_dask.operations.service import Service
 from twinkle_dask.operations.values import CheckpointAddress, ServedModel, Tenant
 from twinkle_dask.types import Json, SamplePart, SampleRequest
@@ -22,9 +21,9 @@ from twinkle_dask_gateway.openai import answering, asking, replies, wire
 from twinkle_dask_gateway.openai.cutting import Cut
 from twinkle_dask_gateway.openai.errors import ChatRoute, WrongField, body_of
 from twinkle_dask_gateway.openapi import Answers, gives, takes
-from twinkle_dask_gateway.polls import STOPPING, Polls
+from twinkle_dask_gateway.polls import Polls
 from twinkle_dask_gateway.reading import read_object
-from twinkle_dask_gateway.samples import Followed, followed
+from twinkle_dask_gateway.samples import DrawnStream, Followed, followed
 
 routes = APIRouter(route_class=ChatRoute)
 
@@ -118,11 +117,9 @@ async def chat_completions(
     )
     if body.stream:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(_events(stack, chat), 200, headers, "text/event-stream")
+        return DrawnStream(stack, _events(chat), "text/event-stream", headers)
     async with stack:
-        whole = await polls.wait(request, _whole(chat))
-    if whole is None:
-        raise Saturated(STOPPING)
+        whole = await polls.answer(request, _whole(chat))
     return Response(orjson.dumps(whole), media_type="application/json")
 
 
@@ -200,14 +197,13 @@ async def _whole(chat: _Chat) -> Json:
     return chat.heading.completion(choices, _usage(chat, result.sequences))
 
 
-async def _events(stack: AsyncExitStack, chat: _Chat) -> AsyncGenerator[bytes]:
-    async with stack:
-        try:
-            async for chunk in _chunks(chat):
-                yield b"data: " + orjson.dumps(chunk) + b"\n\n"
-        except TwinkleDaskError as error:
-            yield b"data: " + orjson.dumps(body_of(error)) + b"\n\n"
-        yield b"data: [DONE]\n\n"
+async def _events(chat: _Chat) -> AsyncGenerator[bytes]:
+    try:
+        async for chunk in _chunks(chat):
+            yield b"data: " + orjson.dumps(chunk) + b"\n\n"
+    except TwinkleDaskError as error:
+        yield b"data: " + orjson.dumps(body_of(error)) + b"\n\n"
+    yield b"data: [DONE]\n\n"
 
 
 async def _chunks(chat: _Chat) -> AsyncGenerator[Json]:

@@ -61,6 +61,7 @@ def request_of(prompt: Row, wanted: Wanted) -> SampleRequest:
         topk_prompt_logprobs=wanted.num_prompt_logprobs or 0,
         # Of one pair a place, the token that was drawn is the one.
         topk_sample_logprobs=wanted.num_logprobs if wanted.num_logprobs > 1 else 0,
+        score_only=wanted.score_only,
     )
 
 

@@ -19,7 +19,7 @@ from twinkle_dask_gateway.faults import message_of
 from twinkle_dask_gateway.openapi import gives, takes
 from twinkle_dask_gateway.polls import Polls
 from twinkle_dask_gateway.reading import aside, size_of
-from twinkle_dask_gateway.samples import Followed, draw_all, followed
+from twinkle_dask_gateway.samples import DrawnStream, Followed, draw_all, followed
 from twinkle_dask_gateway.twinkle import codec_sampling
 from twinkle_dask_gateway.twinkle.calls import (
     ModelDep,
@@ -108,7 +108,7 @@ async def twinkle_sample_stream(
     wish = codec_sampling.request_of(prompt, asked)
     stack = AsyncExitStack()
     sample = await stack.enter_async_context(followed(service, tenant, sampler, wish))
-    return StreamingResponse(_lines(stack, sample, asked, polls), media_type="application/x-ndjson")
+    return DrawnStream(stack, _lines(sample, asked, polls), "application/x-ndjson")
 
 
 @routes.post(f"{_AT}/create", openapi_extra=takes(wire.OpenSampler, required=False))
@@ -241,20 +241,17 @@ async def _continued(
     return [[next(ends) for _ in sequences] for sequences in told]
 
 
-async def _lines(
-    stack: AsyncExitStack, sample: Followed, asked: Wanted, polls: Polls
-) -> AsyncGenerator[bytes]:
-    async with stack:
-        try:
-            async for part in polls.each(sample.parts()):
-                yield _line(codec_sampling.line_of(part, asked))
-            result = await polls.unless_stopping(sample.result())
-        except TwinkleDaskError as error:
-            yield _line({"error": message_of(error)})
-            return
-        for index, sequence in enumerate(result.sequences):
-            end = {"delta": "", "finish_reason": str(sequence.stop_reason), "index": index}
-            yield _line({**end, "tokens": []})
+async def _lines(sample: Followed, asked: Wanted, polls: Polls) -> AsyncGenerator[bytes]:
+    try:
+        async for part in polls.each(sample.parts()):
+            yield _line(codec_sampling.line_of(part, asked))
+        result = await polls.unless_stopping(sample.result())
+    except TwinkleDaskError as error:
+        yield _line({"error": message_of(error)})
+        return
+    for index, sequence in enumerate(result.sequences):
+        end = {"delta": "", "finish_reason": str(sequence.stop_reason), "index": index}
+        yield _line({**end, "tokens": []})
 
 
 def _line(body: Json) -> bytes:
