@@ -21,7 +21,11 @@ def main() -> int:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     python, script, *arguments = sys.argv[1:]
-    with local_service({MODEL: str(model_file())}) as service:
+    model = model_file()
+    if Path(script).name == "with_tinker.py" and "--tokenizer" not in arguments:
+        # The one client that needs a tokenizer on its own side; no hub knows this model's name.
+        arguments += ["--tokenizer", str(model.parent), "--gguf", model.name]
+    with local_service({MODEL: str(model)}) as service:
         command = [python, script, "--url", service.url, "--key", service.api_key, *arguments]
         return subprocess.run(command, check=False).returncode
 

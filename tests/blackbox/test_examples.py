@@ -40,3 +40,19 @@ def test_an_example_shows_its_result(
     )
     assert ended.returncode == 0, ended.stderr
     assert shown in ended.stdout
+
+
+@pytest.mark.timeout(300)
+def test_make_example_brings_service_and_model(tmp_path: Path) -> None:
+    """What ``make example RUN=sample/with_tinker.py ARGS=--quick`` runs."""
+    script = str(EXAMPLES / "sample" / "with_tinker.py")
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLES / "with_service.py"), sys.executable, script, "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Paris" in ended.stdout
