@@ -61,7 +61,7 @@ def runs(
     table = Table("run", "base model", "rank", "last request", "last checkpoint")
     for run in page.runs:
         table.add_row(*_row(run))
-    Console().print(table)
+    _print(table)
     if page.next_offset is not None:
         print(f"{page.cursor.total} runs in all; --limit shows more.", file=sys.stderr)
 
@@ -78,7 +78,7 @@ def list_checkpoints(
     table = Table("address", "kind", "saved", "size", "expires")
     for each in found:
         table.add_row(*_checkpoint_row(each))
-    Console().print(table)
+    _print(table)
 
 
 @checkpoints_app.command("delete")
@@ -106,7 +106,7 @@ def sample(
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     seed: Annotated[int | None, typer.Option(help="Draw the same again.")] = None,
     url: Url = None,
     api_key: Key = None,
@@ -153,6 +153,13 @@ def _service(url: str | None, api_key: str | None) -> Generator[Service]:
     except (ClientError, ValueError) as error:
         print(f"twinkle-dask: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _print(table: Table) -> None:
+    """As wide as it must be: an id or address that is cut off is of no use to anybody."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 def _only(capabilities: Capabilities) -> str:

@@ -4,9 +4,10 @@ The wire's names stand in the aliases, the attributes use our words. Fields this
 know are ignored, so a newer service is fine.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -48,18 +49,25 @@ class Capabilities(Reply):
     models: tuple[ServedModel, ...] = Field(validation_alias="supported_models")
 
 
+def _of_our_protocol(address: str) -> str:
+    """The list is Tinker's; saves answer the same places with Twinkle's scheme."""
+    return address.replace("tinker://", "twinkle://", 1)
+
+
 class Checkpoint(Reply):
     """Saved state of a run.
 
     Attributes:
         id: Kind and name, for example ``weights/first``.
         kind: ``training`` (with optimizer state) or ``sampler``.
-        address: What to load it by, ``tinker://...``.
+        address: What to load it by, ``twinkle://...``, which every client knows.
     """
 
     id: str = Field(validation_alias="checkpoint_id")
     kind: str = Field(validation_alias="checkpoint_type")
-    address: str = Field(validation_alias="tinker_path")
+    address: Annotated[str, AfterValidator(_of_our_protocol)] = Field(
+        validation_alias="tinker_path"
+    )
     created_at: AwareDatetime = Field(validation_alias="time")
     expires_at: AwareDatetime | None = None
     size_bytes: int | None = None

@@ -68,7 +68,7 @@ class Attempts:
             return self._pause_s
         what = str(error) or type(error).__name__
         tries = f" ({self._made} attempts)" if self._made > 1 else ""
-        raise Unreachable(f"No reply from the service{tries}: {what}") from error
+        raise Unreachable(f"No reply from {_asked(error)}{tries}: {what}") from error
 
     def after_reply(self, response: httpx.Response) -> float | None:
         """Seconds to wait before trying again, or None if the reply is good.
@@ -96,3 +96,12 @@ class Attempts:
     @property
     def _pause_s(self) -> float:
         return self._policy.pause_s(self._made, self._jitter())
+
+
+def _asked(error: httpx.RequestError) -> str:
+    """Who was asked, so that a wrong address shows."""
+    try:
+        url = error.request.url
+    except RuntimeError:  # raised before there was a request
+        return "the service"
+    return f"{url.scheme}://{url.netloc.decode()}"

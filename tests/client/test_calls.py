@@ -76,7 +76,7 @@ def test_run_is_read_whole(connect: Connect) -> None:
     assert run.last_request_at == datetime(2026, 11, 23, 12, tzinfo=UTC)
     assert run.user_metadata == {"who": "me"}
     assert run.last_checkpoint is not None
-    assert run.last_checkpoint.address == "tinker://s1:train:0/weights/ck1"
+    assert run.last_checkpoint.address == "twinkle://s1:train:0/weights/ck1"
     assert run.last_sampler_checkpoint is None
 
 

@@ -62,7 +62,9 @@ def test_attempts_end_with_the_last_error(connect: Connect) -> None:
 
 def test_no_reply_says_why_and_how_often(connect: Connect) -> None:
     answer, _ = answering(*[httpx.ConnectError("refused")] * 3)
-    with pytest.raises(Unreachable, match=r"No reply from the service \(3 attempts\): refused"):
+    with pytest.raises(
+        Unreachable, match=r"No reply from http://service.test \(3 attempts\): refused"
+    ):
         connect(answer).health()
 
 
