@@ -356,6 +356,14 @@ def test_67_an_upload_that_fails_says_why(model: MultiLoraTransformersModel) -> 
     assert "hf_none" not in str(caught.value)
 
 
+@pytest.mark.parametrize("token", ["hf_Ü", "hf_x\r\nCookie: y", "hf x"])
+def test_67_a_token_that_is_none_is_refused_at_once(
+    model: MultiLoraTransformersModel, token: str
+) -> None:
+    with pytest.raises(requests.HTTPError, match="400"):
+        model.upload_to_hub("twinkle://nobody/weights/x", "acme/x", hub_token=token)
+
+
 @pytest.mark.parametrize("source", ["/etc", "twinkle://nobody/weights/x"])
 def test_67_nothing_else_is_uploaded(model: MultiLoraTransformersModel, source: str) -> None:
     with pytest.raises(requests.HTTPError, match="404"):

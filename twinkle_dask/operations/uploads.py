@@ -35,6 +35,7 @@ from twinkle_dask.types import TenantId
 log = structlog.stdlib.get_logger(__name__)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_HUB_TOKEN = re.compile(r"[\w.\-]{1,1024}", re.ASCII)
 _HUB = "hub:"
 _MAX_RUNNING = 4
 _HUB_TIMEOUT_S = 600.0
@@ -69,6 +70,7 @@ class Uploads:
                 why = "The server was restarted; start the upload again."
                 await self._store.uploads.end(record.id, UploadState.FAILED, why)
             else:
+                self._running[record.tenant_id] += 1
                 self._begin(record, None)
 
     async def start(
@@ -85,13 +87,16 @@ class Uploads:
 
         Raises:
             NotFound: There is no such checkpoint of this tenant.
-            InvalidRequest: The name is none, or there is nowhere to send it to.
+            InvalidRequest: The name or the token is none, or there is nowhere to send it to.
             QuotaExceeded: Too many of the tenant's are going on.
         """
         if not _HUB_NAME.fullmatch(name) or ".." in name:
             raise InvalidRequest(
                 f"hub_model_id {name[:100]!r} is not usable; it should read owner/name."
             )
+        # It becomes a header; an error of the HTTP library's would put it into our log.
+        if token and not _HUB_TOKEN.fullmatch(token):
+            raise InvalidRequest("hub_token is not usable; it has letters, digits, '_' and '-'.")
         if not token and not self._roots:
             raise InvalidRequest(
                 "This server has no folder or object store to upload to (setting upload_roots), "
@@ -99,26 +104,12 @@ class Uploads:
             )
         if self._running[tenant.id] >= _MAX_RUNNING:
             raise QuotaExceeded(f"{_MAX_RUNNING} of your uploads are going on; wait for one.", 5.0)
-        # Before it is taken: what is not there is refused, not a failed upload.
-        await self._saving.own(tenant, address)
-        record = UploadRecord(
-            id=f"req_{secrets.token_hex(16)}",
-            tenant_id=tenant.id,
-            run_id=address.run,
-            kind=address.kind,
-            name=address.name,
-            target=f"{_HUB}{name}" if token else self._folder(tenant.id, name),
-            state=UploadState.RUNNING,
-            error=None,
-            created_at=utc_now(),
-        )
-        await self._store.uploads.add(record)
-        await self._audit.record(
-            tenant,
-            "checkpoints.uploaded",
-            path=f"{address.run}/{address.kind}/{address.name}",
-            target=record.target,
-        )
+        self._running[tenant.id] += 1
+        try:
+            record = await self._taken(tenant, address, name, token)
+        except BaseException:
+            self._running[tenant.id] -= 1
+            raise
         self._begin(record, token)
         return record
 
@@ -139,8 +130,32 @@ class Uploads:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _taken(
+        self, tenant: Tenant, address: CheckpointAddress, name: str, token: str | None
+    ) -> UploadRecord:
+        # What is not there is refused, not a failed upload.
+        await self._saving.own(tenant, address)
+        record = UploadRecord(
+            id=f"req_{secrets.token_hex(16)}",
+            tenant_id=tenant.id,
+            run_id=address.run,
+            kind=address.kind,
+            name=address.name,
+            target=f"{_HUB}{name}" if token else self._folder(tenant.id, name),
+            state=UploadState.RUNNING,
+            error=None,
+            created_at=utc_now(),
+        )
+        await self._store.uploads.add(record)
+        await self._audit.record(
+            tenant,
+            "checkpoints.uploaded",
+            path=f"{address.run}/{address.kind}/{address.name}",
+            target=record.target,
+        )
+        return record
+
     def _begin(self, record: UploadRecord, token: str | None) -> None:
-        self._running[record.tenant_id] += 1
         task = asyncio.create_task(self._carry_out(record, token), name="upload")
         self._tasks.add(task)
 
