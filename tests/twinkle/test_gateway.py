@@ -360,5 +360,14 @@ def test_every_route_of_the_face_says_what_it_takes_and_gives(service: LocalServ
         for method, operation in operations.items():
             answers = operation["responses"]
             assert "200" in answers, path
+            given = {one["name"]: one for one in operation.get("parameters", ())}
             if method == "post":
                 assert "requestBody" in operation, path
+            if given or method == "post":
+                assert "422" in answers, path
+            assert set(re.findall(r"{(\w+)", path)) <= {
+                name for name, one in given.items() if one["in"] == "path"
+            }, path
+    listed = document["paths"]["/api/v1/twinkle/training_runs"]["get"]["parameters"]
+    defaults = {one["name"]: one["schema"].get("default") for one in listed}
+    assert (defaults["limit"], defaults["offset"]) == (20, 0)
