@@ -150,6 +150,7 @@ async def test_scores_that_are_no_numbers_add_nothing(parts: Parts) -> None:
             {},
             "token 100, but the vocabulary",
         ),
+        (ROWS, loss_spec("GRPOLoss", {}), {"advantages": [1, -1e30]}, "Row 1: a weight .* beyond"),
         (ROWS, loss_spec("GRPOLoss", {}), {"advantage": [1, 2]}, "Unknown argument 'advantage'"),
         (ROWS, loss_spec("InfonceLoss", {}), {}, "task='embedding'"),
     ],

@@ -298,6 +298,14 @@ def test_rewards(name: str, text: str, score: float) -> None:
     assert name in REWARDS
 
 
+@pytest.mark.parametrize("name", ["messages", "user_data"])
+@pytest.mark.parametrize("value", [5, "text", {"role": "user"}])
+def test_rewards_of_a_malformed_trajectory_are_refused(name: str, value: Any) -> None:
+    one = {"messages": [{"role": "assistant", "content": "#### 5"}], name: value}
+    with pytest.raises(InvalidRequest, match=name):
+        scores("GSM8KAccuracyReward", {}, [one], None)
+
+
 def test_boxed_counts_braces() -> None:
     assert boxed("\\boxed{1} \\boxed{a{b}c} d") == "a{b}c"
     assert boxed("\\boxed{a") == boxed("a") == ""

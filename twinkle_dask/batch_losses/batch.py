@@ -4,6 +4,7 @@ Shapes: T trainable tokens of a batch, one row's after the other's; S rows (sequ
 per token.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,16 +81,22 @@ class LabelledBatch:
             rows.append(row)
         return tuple(rows)
 
-    def refuse_non_finite(self, values_T: NDArray[Any], what: str) -> None:
-        """Numbers everywhere.
+    def refuse_non_finite(
+        self, values_T: NDArray[Any], what: str, *, most: float = math.inf
+    ) -> None:
+        """Numbers everywhere, and none of more than ``most`` to either side.
 
         Raises:
             InvalidRequest: Names the first row that has another.
         """
-        bad_T = ~np.isfinite(values_T)
-        if bad_T.any():
-            first = int(np.argmax(bad_T.reshape(len(bad_T), -1).any(axis=1)))
-            raise InvalidRequest(f"Row {self.row_T[first]}: {what} is NaN or infinite.")
+        finite_T = np.isfinite(values_T)
+        for good_T, wrong in (
+            (finite_T, "NaN or infinite"),
+            (finite_T & (np.abs(values_T) <= most), f"beyond {most:g}, too large to train on"),
+        ):
+            if not good_T.all():
+                first = int(np.argmin(good_T.reshape(len(good_T), -1).all(axis=1)))
+                raise InvalidRequest(f"Row {self.row_T[first]}: {what} is {wrong}.")
 
     def align(self, values: Any, what: str, *, broadcast: bool = False) -> Float64Array:
         """What a client sent for the rows, at the targets alone.

@@ -98,7 +98,13 @@ class PreparedBatch:
         )
 
     def scattered(self, inputs: Mapping[str, Float64Array]) -> dict[str, Sequence[Float32Array]]:
-        """Values of the targets as rows of all positions."""
+        """Values of the targets as rows of all positions, for a pass with a gradient.
+
+        Raises:
+            InvalidRequest: One is too large for it.
+        """
+        for name, values_T in inputs.items():
+            self.batch.refuse_non_finite(values_T, _SENT.get(name, name), most=_LARGEST)
         return {name: self.batch.scatter(v.astype(np.float32)) for name, v in inputs.items()}
 
     async def evaluate(
@@ -133,7 +139,7 @@ class PreparedBatch:
         with np.errstate(over="ignore", invalid="ignore"):
             evaluated = self.objective.evaluate(scores_T)
         if finite:
-            self.batch.refuse_non_finite(evaluated.slopes_T, _TOO_FAR)
+            self.batch.refuse_non_finite(evaluated.slopes_T, _TOO_FAR, most=_LARGEST)
             if not np.isfinite(evaluated.value):
                 raise InvalidRequest("The loss of this batch is NaN or infinite.")
         return evaluated.value, evaluated.slopes_T
@@ -143,8 +149,13 @@ class PreparedBatch:
 _ARGUMENTS = batch_losses.ARGUMENTS | metrics.ARGUMENTS | {"micro_batch_size"}
 #: Arguments with many values for each token.
 _MANY_VALUES = frozenset({"teacher_logits", "teacher_topk_logprobs"})
+#: Engines compute in float32 (up to 3e38), and a gradient's square must be finite too. Otherwise it
+#: would be found at the optimizer step, which drops the gradients of all batches before.
+_LARGEST: Final = 1e15
+#: Inputs of the core's losses by what clients call them.
+_SENT: Final = {"logprobs": "old_logps", "weights": "a weight (advantages)"}
 _BROKEN = "a score of the model (its weights may not be finite any more; load a checkpoint)"
-_TOO_FAR = "the derivative of the loss (the log-probabilities you sent may be of other tokens)"
+_TOO_FAR = "the derivative of the loss (the numbers you sent may be of other tokens)"
 
 
 def prepare(
@@ -153,8 +164,8 @@ def prepare(
     """Bind a loss to rows and to the arguments of a call.
 
     Raises:
-        InvalidRequest: There are no rows, labels do not fit their tokens, or the loss or an
-            argument does not fit the rows.
+        InvalidRequest: There are no rows, labels do not fit their tokens or are none, or the loss
+            or an argument does not fit the rows.
     """
     if not rows:
         raise InvalidRequest("The batch is empty; send at least one row.")
@@ -167,6 +178,7 @@ def prepare(
     ignored = IGNORED_LABEL if loss is None else loss.settings.get("ignore_index", IGNORED_LABEL)
     batch = LabelledBatch(tuple(row.labels for row in rows), ignored)
     if loss is None:
+        _refuse_no_tokens(batch, vocab_size)
         return PreparedBatch(rows=rows, batch=batch, objective=_NO_LOSS)
     if unknown := sorted(arguments.keys() - _ARGUMENTS):
         raise InvalidRequest(
@@ -178,7 +190,19 @@ def prepare(
             f"{loss.name} is a loss of embeddings: call forward_backward with task='embedding'."
         )
     bound = objective(loss, batch, arguments, vocab_size)
+    if bound.targets_TK is None:
+        _refuse_no_tokens(batch, vocab_size)
     return PreparedBatch(rows=rows, batch=batch, objective=bound)
+
+
+def _refuse_no_tokens(batch: LabelledBatch, vocab_size: int) -> None:
+    for index, (labels, mask) in enumerate(zip(batch.labels_S, batch.masks_S, strict=True)):
+        wrong = labels[mask & ((labels < 0) | (labels >= vocab_size))]
+        if len(wrong):
+            raise InvalidRequest(
+                f"Row {index}: labels have token {wrong[0]}, but the vocabulary runs from 0 to "
+                f"{vocab_size - 1}; {IGNORED_LABEL} marks what is no target."
+            )
 
 
 def _no_loss(_scores_T: Float64Array) -> Evaluated:

@@ -113,7 +113,7 @@ def scores(
     """The rewards of trajectories, in their order.
 
     Raises:
-        InvalidRequest: There are not as many truths as trajectories.
+        InvalidRequest: There are not as many truths as trajectories, or one is malformed.
     """
     made = reward(name, arguments)
     if truths is not None and len(truths) != len(trajectories):
@@ -139,15 +139,22 @@ def boxed(text: str) -> str:
 
 
 def _completion(trajectory: Json) -> str:
-    for message in reversed(cast(list[Any], trajectory.get("messages") or [])):
+    for message in reversed(_listed(trajectory, "messages")):
         if isinstance(message, dict) and cast(Json, message).get("role") == "assistant":
             content: Any = cast(Json, message).get("content")
             return content if isinstance(content, str) else ""
     return ""
 
 
+def _listed(trajectory: Json, name: str) -> list[Any]:
+    held: Any = trajectory.get(name) or []
+    if not isinstance(held, list | tuple):
+        raise InvalidRequest(f"{name!r} of a trajectory must be a list.")
+    return list(cast(list[Any], held))
+
+
 def _user_data(trajectory: Json, key: str) -> str | None:
-    for entry in cast(list[Any], trajectory.get("user_data") or []):
+    for entry in _listed(trajectory, "user_data"):
         pair = cast(list[Any], entry) if isinstance(entry, list | tuple) else []
         if len(pair) == 2 and pair[0] == key:
             return str(pair[1])

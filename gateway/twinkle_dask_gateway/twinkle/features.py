@@ -275,10 +275,25 @@ def _array(value: Any, where: str, *, integers: bool) -> NDArray[Any]:
         raise InvalidRequest(f"{where} has rows of different lengths.") from None
     if values.dtype.kind == "b" and not integers:
         values = values.astype(np.int64)
-    if values.dtype.kind not in ("iu" if integers else "iuf") and values.size:
+    wrong = values.dtype.kind not in ("iu" if integers else "iuf")
+    # Beside integers a boolean becomes one of them; and what only fits unsigned would become
+    # another number, -100 for example, once it is signed.
+    wrong = wrong or (integers and (values.dtype.kind == "u" or _has_boolean(value)))
+    if wrong and values.size:
         what = "integers" if integers else "numbers"
         raise InvalidRequest(f"{where} must hold {what} alone.")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise InvalidRequest(f"{where} has NaN or infinity.")
     return values
+
+
+def _has_boolean(value: Any) -> bool:
+    """Whether a list of lists has one anywhere."""
+    if not isinstance(value, list):
+        return isinstance(value, bool)
+    listed = cast(list[Any], value)
+    kinds = set(map(type, listed))
+    return bool in kinds or (list in kinds and any(_has_boolean(one) for one in listed))
 
 
 def _told(shape: Sequence[int]) -> str:
