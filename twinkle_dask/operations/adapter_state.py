@@ -8,7 +8,7 @@ from typing import Final
 import orjson
 
 from twinkle_dask.checkpoints import tensors
-from twinkle_dask.errors import InvalidRequest, ServiceFault
+from twinkle_dask.errors import InvalidRequest
 from twinkle_dask.operations.adapters import Adapter, Adapters
 from twinkle_dask.operations.catalogue import Catalogue
 from twinkle_dask.operations.checkpoints import Checkpoints
@@ -114,11 +114,7 @@ class AdapterState:
         """
         step = GradientStep(accumulation=accumulation)
         ticket = await self._training.gradient_step(tenant, run, step=step)
-        result = await self._tickets.result(tenant.id, ticket.id)
-        self._tickets.retrieved(tenant.id, [ticket.id])
-        if not isinstance(result, GradientStepResult):
-            raise ServiceFault(f"The answer is a {type(result).__name__}.")
-        return result
+        return await self._tickets.take(tenant.id, ticket.id, GradientStepResult)
 
     async def _weights(self, tenant: Tenant, adapter: Adapter) -> dict[str, Float32Array]:
         name = f"state-dict-{secrets.token_hex(8)}"
